@@ -89,6 +89,10 @@ class DataInvalid(ItpnError):
     exit_code = 5
 
 
+class NotFound(DataInvalid):
+    """No object has this name."""
+
+
 class TrainingDiverged(ItpnError):
     """Training met non-finite values again after the allowed number of roll-backs."""
 

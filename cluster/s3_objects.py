@@ -1,0 +1,219 @@
+"""Object storage over the S3 protocol: what `cluster.storage` does for s3://.
+
+Works on an s3fs file system that `cluster.storage` makes and hands in. Paths are "bucket/key". Each call is
+one attempt, cut off after `timeout_s`; retries are the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DOWNLOAD_PART_BYTES = 16 << 20
+UPLOAD_PART_BYTES = 32 << 20  # above twice this, multipart; at most 10,000 parts: objects up to 320 GB
+PARTS_AT_ONCE = 4  # memory of a transfer is part size times this
+DELETE_BATCH = 1000  # the most that one DeleteObjects request takes
+
+# Error codes that pass by themselves, beside every 5xx and 429. ConditionalRequestConflict: two creates met
+# in flight, neither has lost yet.
+_TRANSIENT_CODES = {
+    "SlowDown",
+    "RequestTimeout",
+    "OperationAborted",
+    "ConditionalRequestConflict",
+    "InternalError",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "XAmzContentSHA256Mismatch",
+    "BadDigest",
+    "IncompleteBody",
+}
+_LOST_RACE = {"PreconditionFailed", "412"}
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or a profile, or a role)"
+
+
+class S3Objects:
+    """The store behind "bucket/key" paths.
+
+    Args:
+        filesystem: an `s3fs.S3FileSystem` of this process.
+        endpoint: how to name the store in messages.
+        transient_errors: exception types that pass by themselves (connections, timeouts).
+        fatal_errors: subtypes of those that do not (certificates).
+        client_errors: exception types of the client library that are about its set-up (no credentials, …).
+    """
+
+    def __init__(
+        self,
+        filesystem: Any,
+        *,
+        endpoint: str,
+        transient_errors: tuple[type[BaseException], ...],
+        fatal_errors: tuple[type[BaseException], ...],
+        client_errors: tuple[type[BaseException], ...],
+    ) -> None:
+        self._fs, self.where = filesystem, endpoint
+        self._transient, self._fatal, self._client = transient_errors, fatal_errors, client_errors
+
+    def stat(self, path: str, timeout_s: float) -> tuple[int, float] | None:
+        """Size in bytes and mtime (seconds since the epoch) of an object, None when there is none."""
+        try:
+            found = self._request("head_object", path, timeout_s)
+        except FileNotFoundError:
+            return None
+        return found["ContentLength"], found["LastModified"].timestamp()
+
+    def get(self, path: str, timeout_s: float) -> tuple[bytes, str]:
+        """Content and ETag, of one version."""
+        return self._read(path, timeout_s)
+
+    def get_range(self, path: str, start: int, length: int, timeout_s: float) -> bytes:
+        """At most `length` bytes from `start`."""
+        try:
+            return self._read(path, timeout_s, Range=f"bytes={start}-{start + length - 1}")[0]
+        except OSError as error:
+            if _code(error) in ("InvalidRange", "416"):
+                return b""  # starts at or behind the end
+            raise
+
+    def create(self, path: str, data: bytes, timeout_s: float) -> None:
+        """PUT with If-None-Match; raises FileExistsError when the name is taken."""
+        try:
+            self._fs.pipe_file(path, data, mode="create", chunksize=UPLOAD_PART_BYTES, timeout=timeout_s)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if _code(error) in _LOST_RACE:
+                raise FileExistsError(path) from error
+            raise
+
+    def put(self, path: str, data: bytes, timeout_s: float, *, durable: bool = True) -> None:
+        """PUT, over what is there."""
+        self._fs.pipe_file(
+            path, data, chunksize=UPLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
+        )
+
+    def put_if(self, path: str, data: bytes, version: str, timeout_s: float) -> bool:
+        """PUT with If-Match; False when the object has another ETag, or is gone."""
+        try:
+            self._request("put_object", path, timeout_s, Body=data, IfMatch=version)
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise
+            return False
+        except OSError as error:
+            if _code(error) in _LOST_RACE:
+                return False
+            raise
+        return True
+
+    def upload(self, source: Path, path: str, timeout_s: float) -> None:
+        """PUT a local file, over what is there; large files in parts."""
+        self._fs.put_file(
+            str(source), path, chunksize=UPLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
+        )
+
+    def download(self, path: str, target: Path, timeout_s: float) -> None:
+        """Write the object to `target`; large ones by parallel ranges."""
+        self._fs.get_file(
+            path, str(target), chunksize=DOWNLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
+        )
+
+    def walk(self, path: str, timeout_s: float) -> Iterator[tuple[str, int, float]]:
+        """Path, size and mtime of every object below `path`, in pages of the store's own listing."""
+        bucket, _, key = path.partition("/")
+        page: dict[str, Any] = {}
+        while True:
+            more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
+            prefix = {"Prefix": key + "/"} if key else {}
+            page = self._fs.call_s3("list_objects_v2", Bucket=bucket, timeout=timeout_s, **prefix, **more)
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):  # some stores list folders
+                    yield f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()
+            if not page.get("IsTruncated"):
+                return
+
+    def delete(self, path: str, timeout_s: float) -> None:
+        """Remove the object, if it is there."""
+        try:
+            self._request("delete_object", path, timeout_s)
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise
+
+    def delete_tree(self, path: str, timeout_s: float) -> None:
+        """Remove every object below `path`."""
+        bucket = path.partition("/")[0]
+        keys = [item[0].partition("/")[2] for item in self.walk(path, timeout_s)]
+        for begin in range(0, len(keys), DELETE_BATCH):
+            batch = {"Objects": [{"Key": key} for key in keys[begin : begin + DELETE_BATCH]], "Quiet": True}
+            answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=batch, timeout=timeout_s)
+            if failed := answer.get("Errors"):
+                # The request succeeds as a whole even where single keys fail.
+                raise TimeoutError(f"{len(failed)} objects were not deleted, the first: {failed[0]}")
+
+    def transient(self, error: Exception) -> bool:
+        """Whether the same call may succeed a little later."""
+        response = _response(error)
+        if response is not None:
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return status == 429 or (status >= 500 and status != 501) or _code(error) in _TRANSIENT_CODES
+        return isinstance(error, self._transient) and not isinstance(error, self._fatal)
+
+    def explain(self, error: Exception) -> str | None:
+        """What a person can do about an error; None for one that is not about storage."""
+        code, response = _code(error), _response(error)
+        if code == "NoSuchBucket":
+            return "create the bucket, or correct its name in the root"
+        if code == "RequestTimeTooSkewed":
+            return "set this machine's clock (ntp): the store refuses requests signed at another time"
+        if code == "NotImplemented":
+            return "this store lacks an operation that is needed: use another store or a newer version of it"
+        if (
+            isinstance(error, PermissionError)
+            or code in ("401", "403")
+            or "Credential" in type(error).__name__
+        ):
+            return f"{_CREDENTIALS} that may read and write this bucket at {self.where}"
+        if response is not None:
+            return f"{self.where} refused the request: check endpoint, region (AWS_REGION) and bucket"
+        if isinstance(error, (*self._transient, *self._fatal)):
+            return f"check that {self.where} is reachable from here (AWS_ENDPOINT_URL, network, certificates)"
+        if isinstance(error, self._client):
+            return f"correct the AWS settings (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE), or {_CREDENTIALS}"
+        return None
+
+    def _request(self, method: str, path: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
+        bucket, _, key = path.partition("/")
+        return self._fs.call_s3(method, Bucket=bucket, Key=key, timeout=timeout_s, **arguments)
+
+    def _read(self, path: str, timeout_s: float, **arguments: Any) -> tuple[bytes, str]:
+        """Body and ETag of one GET: `cat_file` of s3fs loses the ETag, and asks HEAD first."""
+        answer = self._request("get_object", path, timeout_s, **arguments)
+        return asyncio.run_coroutine_threadsafe(
+            _drain(answer["Body"], timeout_s), self._fs.loop
+        ).result(), answer["ETag"]
+
+
+async def _drain(body: Any, timeout_s: float) -> bytes:
+    try:
+        return await asyncio.wait_for(body.read(), timeout_s)
+    finally:
+        body.close()
+
+
+def _response(error: BaseException) -> dict[str, Any] | None:
+    """The store's answer inside a botocore ClientError, or inside the OSError that s3fs made of it."""
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            return response
+    return None
+
+
+def _code(error: BaseException) -> str:
+    response = _response(error)
+    return str(response.get("Error", {}).get("Code", "")) if response else ""

@@ -1,0 +1,477 @@
+"""All access to object storage: local and shared folders (bare paths, file://) and S3-compatible stores (s3://).
+
+The rules that every function keeps:
+- An object appears whole or not at all; nothing that raises half-way publishes anything.
+- Nothing depends on rename, on folders, or on a cached listing.
+- Every call is retried with jitter until a deadline (ITPN_STORAGE_DEADLINE_S, 180 s), then raises
+  StorageUnavailable; a refusal that no retry can change (credentials, missing bucket) raises it at once.
+- Clients are made in the process that uses them, never inherited over a fork.
+
+S3 credentials, endpoint and region come from the standard AWS_* variables, files and roles.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from cluster.errors import (
+    AlreadyExists,
+    ConfigError,
+    DataInvalid,
+    ItpnError,
+    NotFound,
+    PreflightError,
+    StorageUnavailable,
+)
+from cluster.hashing import canonical_json, sha256_bytes, sha256_file
+from cluster.local_files import LocalFiles
+from cluster.retry import DeadlineExceeded, retry
+from cluster.s3_objects import S3Objects
+
+__all__ = ["canonical_json", "sha256_bytes", "sha256_file"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROBE_DEADLINE_S = 20.0
+SLOWEST_BYTES_PER_S = 1e6  # transfers get this much longer than the deadline
+READ_AHEAD_BYTES = 4 << 20  # one request of open_read; at 100 MB/s it takes as long as two round trips
+TREE_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """One listed object: its URI, size in bytes, and time of writing (seconds since the epoch)."""
+
+    uri: str
+    bytes: int
+    mtime: float
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with path parts added, in the one form that every function here returns.
+
+    Bare paths and file:// become absolute local paths; empty parts and outer slashes vanish.
+    """
+    base = _normal(uri)
+    extra = [part.strip("/") for part in parts if part.strip("/")]
+    if "://" in base:
+        return "/".join([base, *extra])
+    return os.path.normpath(os.path.join(base, *extra))  # noqa: PTH118 (Path keeps "..")
+
+
+def exists(uri: str) -> bool:
+    """Whether there is an object of this name; a folder or prefix is none (see `list_files`)."""
+    return _call(uri, "look up", lambda store, path, left_s: store.stat(path, left_s)) is not None
+
+
+def size(uri: str) -> int:
+    """Size in bytes; raises NotFound."""
+    found = _call(uri, "look up", lambda store, path, left_s: store.stat(path, left_s))
+    if found is None:
+        raise _not_found(uri)
+    return found[0]
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole object, for small ones; raises NotFound."""
+    return read_versioned(uri)[0]
+
+
+def read_json(uri: str) -> Any:
+    """The object parsed as JSON; raises NotFound, or DataInvalid when it is not JSON."""
+    try:
+        return json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise DataInvalid(
+            f"{uri} is not JSON",
+            found=str(error),
+            remedy="restore it from a copy, or delete what it belongs to",
+        ) from None
+
+
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """`length` bytes from offset `start`; fewer at the end of the object. Raises NotFound."""
+    if length <= 0:
+        return b""
+    return _call(
+        uri, "read", lambda store, path, left_s: store.get_range(path, start, length, left_s), length
+    )
+
+
+def read_versioned(uri: str) -> tuple[bytes, str]:
+    """The whole object and a token of this version, for `replace_if`; raises NotFound."""
+    return _call(uri, "read", lambda store, path, left_s: store.get(path, left_s))
+
+
+def write_exclusive(uri: str, data: bytes) -> None:
+    """Create the object; durable when it returns.
+
+    When the name is taken by these very bytes it succeeds: a retried request cannot know whether its
+    first try arrived. Writers that compete therefore put something of their own into `data`.
+
+    Raises:
+        AlreadyExists: when other content has the name.
+    """
+    try:
+        _call(uri, "create", lambda store, path, left_s: store.create(path, data, left_s))
+    except AlreadyExists:
+        try:
+            if read_bytes(uri) == data:
+                return
+        except NotFound:
+            pass  # deleted since
+        raise
+
+
+def write_json_exclusive(uri: str, obj: Any) -> str:
+    """`write_exclusive` of `obj` as canonical JSON; returns the sha256 of the bytes."""
+    data = canonical_json(obj)
+    write_exclusive(uri, data)
+    return sha256_bytes(data)
+
+
+def write_telemetry(uri: str, obj: Any) -> None:
+    """Overwrite a small JSON object that only informs (progress, failures). Never raises, tries for 5 s."""
+    try:
+        data = json.dumps(obj, default=str).encode()
+        _call(
+            uri,
+            "write",
+            lambda store, path, left_s: store.put(path, data, left_s, durable=False),
+            deadline_s=5.0,
+        )
+    except Exception as error:
+        log.debug("telemetry was not written: %s", error)
+
+
+def overwrite(uri: str, data: bytes) -> None:
+    """Write the object, over what is there; durable when it returns."""
+    _call(uri, "write", lambda store, path, left_s: store.put(path, data, left_s), len(data))
+
+
+def replace_if(uri: str, data: bytes, version: str) -> bool:
+    """Write the object if it still has `version` (of `read_versioned`); False when it changed or is gone."""
+    if _call(uri, "replace", lambda store, path, left_s: store.put_if(path, data, version, left_s)):
+        return True
+    try:
+        return read_bytes(uri) == data  # refused, but by our own first try: its answer was lost
+    except NotFound:
+        return False
+
+
+def upload_file(local: Path | str, uri: str) -> tuple[int, str]:
+    """Copy a local file to `uri`, over what is there; returns its size in bytes and sha256."""
+    local = Path(local)
+    bytes_, sha256 = local.stat().st_size, sha256_file(local)
+    _call(uri, "upload", lambda store, path, left_s: store.upload(local, path, left_s), bytes_)
+    if (stored := size(uri)) != bytes_:
+        raise StorageUnavailable(
+            f"{uri} was stored incompletely",
+            expected=f"{bytes_} bytes",
+            found=f"{stored} bytes",
+            remedy="run again; if it repeats, the object store loses data",
+        )
+    return bytes_, sha256
+
+
+def upload_tree(local_dir: Path | str, uri_prefix: str) -> list[tuple[str, int, str]]:
+    """Upload every file below `local_dir`; returns (relative path, bytes, sha256), sorted by path."""
+    local_dir = Path(local_dir)
+    names = sorted(path.relative_to(local_dir).as_posix() for path in local_dir.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(TREE_THREADS) as pool:
+        facts = pool.map(lambda name: upload_file(local_dir / name, join(uri_prefix, name)), names)
+        return [(name, *fact) for name, fact in zip(names, facts, strict=True)]
+
+
+def download_file(
+    uri: str, local: Path | str, *, sha256: str | None = None, bytes: int | None = None
+) -> None:
+    """Copy the object to a local file, which appears only when it is complete and verified.
+
+    Raises NotFound, or DataInvalid when size or sha256 differ from those given.
+    """
+    local = Path(local)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local.parent / f".{local.name[:100]}.{uuid.uuid4().hex}"
+    expected_bytes = size(uri)
+    if bytes is not None and expected_bytes != bytes:
+        raise _differs(uri, f"{bytes} bytes", f"{expected_bytes} bytes")
+    try:
+        _call(
+            uri,
+            "download",
+            lambda store, path, left_s: store.download(path, temporary, left_s),
+            expected_bytes,
+        )
+        if (found := temporary.stat().st_size) != expected_bytes:
+            raise _differs(uri, f"{expected_bytes} bytes", f"{found} bytes")
+        if sha256 is not None and (digest := sha256_file(temporary)) != sha256:
+            raise _differs(uri, f"sha256 {sha256}", f"sha256 {digest}")
+        temporary.replace(local)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def download_tree(uri_prefix: str, local_dir: Path | str) -> None:
+    """Copy every object below the prefix to a file below `local_dir`."""
+    prefix = join(uri_prefix)
+    items = list_files(prefix)
+    with ThreadPoolExecutor(TREE_THREADS) as pool:
+        jobs = [
+            pool.submit(download_file, item.uri, Path(local_dir) / item.uri[len(prefix) :].lstrip("/"))
+            for item in items
+        ]
+        for job in jobs:
+            job.result()
+
+
+def open_read(uri: str) -> BinaryIO:
+    """The object as a buffered, seekable binary file; every piece is read with the retries of `read_range`.
+
+    Raises NotFound at once, not at the first read.
+    """
+    return io.BufferedReader(_RangeReader(join(uri), size(uri)), READ_AHEAD_BYTES)
+
+
+def list_files(uri_prefix: str) -> list[ObjectInfo]:
+    """Every object below the prefix, recursively, sorted by URI; [] when there is none."""
+    items = _call(uri_prefix, "list", lambda store, path, left_s: list(store.walk(path, left_s)))
+    scheme = "s3://" if join(uri_prefix).startswith("s3://") else ""
+    return sorted(
+        (ObjectInfo(scheme + path, size, mtime) for path, size, mtime in items), key=lambda item: item.uri
+    )
+
+
+def delete(uri: str) -> None:
+    """Remove the object; no error when there is none."""
+    _call(uri, "delete", lambda store, path, left_s: store.delete(path, left_s))
+
+
+def delete_tree(uri_prefix: str) -> None:
+    """Remove every object below the prefix; no error when there is none."""
+    _call(uri_prefix, "delete", lambda store, path, left_s: store.delete_tree(path, left_s))
+
+
+def probe_preconditions(root: str) -> None:
+    """Check that `root` answers, can be written, and refuses a second create and a stale replacement.
+
+    Some S3-compatible stores accept the preconditions and ignore them; leases, records and aliases would
+    then overwrite each other in silence.
+
+    Raises:
+        PreflightError: when a precondition is ignored.
+        StorageUnavailable: when the store does not answer within 20 s or refuses access.
+    """
+    uri = join(root, f".probe-{uuid.uuid4().hex}")
+
+    def probe(store: Any, path: str, left_s: float) -> list[str]:
+        ignored = []
+        store.put(path, b"first", left_s)
+        try:
+            store.create(path, b"second", left_s)
+            ignored.append("If-None-Match")
+        except FileExistsError:
+            pass
+        _, stale = store.get(path, left_s)
+        store.put(path, b"third", left_s)
+        if store.put_if(path, b"fourth", stale, left_s):
+            ignored.append("If-Match")
+        return ignored
+
+    try:
+        ignored = _call(uri, "write", probe, deadline_s=PROBE_DEADLINE_S)
+    finally:
+        _quietly(lambda: delete(uri))
+    if ignored:
+        raise PreflightError(
+            f"the object store of {root} ignores conditional writes",
+            expected="a second exclusive create and a stale replacement are refused (HTTP 412)",
+            found=f"{' and '.join(ignored)} accepted and ignored",
+            remedy="use a store with conditional writes (AWS S3, SeaweedFS, MinIO, …), or a newer version of it",
+        )
+
+
+class _RangeReader(io.RawIOBase):
+    """A raw file over `read_range`; an object's content never changes under its name, so ranges agree."""
+
+    def __init__(self, uri: str, length: int) -> None:
+        self._uri, self._length, self._position = uri, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise ValueError(f"negative seek position {base + offset}")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return self._next(self._length)
+
+    def _next(self, length: int) -> bytes:
+        data = read_range(self._uri, self._position, min(length, self._length - self._position))
+        self._position += len(data)
+        return data
+
+
+# ---- the stores, and what surrounds every call of them
+
+
+def _normal(uri: str) -> str:
+    if uri.startswith("s3://"):
+        bucket = uri[5:].strip("/")
+        if not bucket:
+            raise ConfigError(f"'{uri}' names no bucket", expected="s3://BUCKET/…")
+        return "s3://" + bucket
+    if uri.startswith("file:"):
+        uri = unquote(urlsplit(uri).path)
+    elif "://" in uri:
+        raise ConfigError(
+            f"'{uri}' is not a kind of storage that this project writes to",
+            expected="a local path, file:///… or s3://BUCKET/…",
+            remedy="most object stores speak S3: set AWS_ENDPOINT_URL to theirs and use s3://",
+        )
+    return os.path.abspath(uri)  # noqa: PTH100 (Path.resolve would follow links)
+
+
+def _store(uri: str) -> tuple[Any, str]:
+    normal = _normal(uri)
+    if normal.startswith("s3://"):
+        return _s3(), normal[5:]
+    return _LOCAL, normal
+
+
+_LOCAL = LocalFiles()
+_S3: dict[tuple[str | int | None, ...], S3Objects] = {}
+
+
+def _s3() -> S3Objects:
+    """This process's S3 client; another one after a fork, or when the environment names another store."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_REGION")
+    # Clients of a parent process stay in the dict untouched: closing one here would reach into the
+    # parent's event loop, with which it shares the epoll descriptor.
+    key = (os.getpid(), *(os.environ.get(name) for name in names))
+    if key not in _S3:
+        from botocore.exceptions import BotoCoreError, IncompleteReadError, SSLError
+        from botocore.exceptions import ConnectionError as BotoConnectionError
+        from s3fs import S3FileSystem
+        from s3fs.core import S3_RETRYABLE_ERRORS
+
+        filesystem = S3FileSystem(
+            skip_instance_cache=True,
+            use_listings_cache=False,
+            config_kwargs={
+                "retries": {"mode": "standard", "max_attempts": 10},
+                "read_timeout": 60,
+                "max_pool_connections": 64,
+            },
+        )
+        filesystem.retries = 1  # its own back-off has no jitter; botocore's and ours do
+        _S3[key] = S3Objects(
+            filesystem,
+            endpoint=os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS S3",
+            transient_errors=(
+                *S3_RETRYABLE_ERRORS,
+                BotoConnectionError,
+                IncompleteReadError,
+                ConnectionError,
+            ),
+            fatal_errors=(SSLError,),
+            client_errors=(BotoCoreError,),
+        )
+    return _S3[key]
+
+
+def _call(
+    uri: str,
+    action: str,
+    operation: Callable[[Any, str, float], T],
+    transfer_bytes: int = 0,
+    *,
+    deadline_s: float | None = None,
+) -> T:
+    """`operation(store, path, seconds_left)` with retries; every failure becomes an error of ours."""
+    store, path = _store(uri)
+    if deadline_s is None:
+        deadline_s = (
+            float(os.environ.get("ITPN_STORAGE_DEADLINE_S", 180)) + transfer_bytes / SLOWEST_BYTES_PER_S
+        )
+    try:
+        return retry(
+            lambda left_s: operation(store, path, left_s), transient=store.transient, deadline_s=deadline_s
+        )
+    except DeadlineExceeded as error:
+        raise StorageUnavailable(
+            f"cannot {action} {uri}: no success in {error.attempts} attempts over {error.elapsed_s:.0f} s",
+            found=_text(error.cause),
+            remedy=store.explain(error.cause),
+        ) from error.cause
+    except ItpnError:
+        raise
+    except FileNotFoundError as error:
+        if "bucket" in str(error).lower():
+            _raise_refusal(store, uri, action, error)
+        raise _not_found(uri) from None
+    except FileExistsError:
+        raise AlreadyExists(
+            f"{uri} is already there", remedy="it belongs to another writer: read it"
+        ) from None
+    except Exception as error:
+        _raise_refusal(store, uri, action, error)
+
+
+def _raise_refusal(store: Any, uri: str, action: str, error: Exception) -> NoReturn:
+    remedy = store.explain(error)
+    if remedy is None:
+        raise error
+    raise StorageUnavailable(f"cannot {action} {uri}", found=_text(error), remedy=remedy) from error
+
+
+def _not_found(uri: str) -> NotFound:
+    return NotFound(
+        f"{uri} is not there", remedy="check the path; if it should exist, run the step that makes it"
+    )
+
+
+def _differs(uri: str, expected: str, found: str) -> DataInvalid:
+    return DataInvalid(
+        f"{uri} is not what its manifest says",
+        expected=expected,
+        found=found,
+        remedy="the object was damaged or replaced: restore it, or make it again under a new version",
+    )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip() or 'no answer in time'}"
+
+
+def _quietly(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except ItpnError as error:
+        log.debug("%s", error)
