@@ -1,0 +1,24 @@
+"""The model room: backbones, pyramid, masked feature modelling, teachers, import and export."""
+
+from stages.model.backbone import build_backbone
+from stages.model.config import BackboneConfig, ObjectiveConfig, TeacherConfig, backbone_config, sizes
+from stages.model.heads import Classifier
+from stages.model.layer_decay import decays, layer_id, lr_scale, num_layers
+from stages.model.masks import block_mask
+from stages.model.mfm import MaskedFeatureModel
+
+__all__ = [
+    "BackboneConfig",
+    "ObjectiveConfig",
+    "TeacherConfig",
+    "sizes",
+    "backbone_config",
+    "build_backbone",
+    "Classifier",
+    "MaskedFeatureModel",
+    "block_mask",
+    "layer_id",
+    "lr_scale",
+    "decays",
+    "num_layers",
+]
