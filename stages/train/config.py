@@ -1,0 +1,101 @@
+"""Configs of the training loop, shared by pre-training and fine-tuning.
+
+What changes the resulting weights is identity. ZeRO stage, micro-batch, saving and logging change speed and
+memory only (sums are taken in another order, within float rounding), so a run may go on with others.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stages.config import Config, not_identity
+
+
+class OptimiserConfig(Config):
+    """AdamW. 1-D parameters, biases and position embeddings take no weight decay."""
+
+    lr: float = Field(1.5e-3, gt=0)  # at the peak of the schedule; never scaled by the batch size
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(1.0, gt=0, le=1)  # lr of layer i is scaled by layer_decay ** (layers + 1 - i)
+
+
+class ScheduleConfig(Config):
+    """Cosine with linear warm-up, per step. Exactly one of `epochs` and `steps` is given."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)  # wins over warmup_epochs
+    min_lr: float = Field(1e-5, ge=0)
+    warmup_lr: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of 'epochs' and 'steps'")
+        return self
+
+
+class EngineConfig(Config):
+    """How a step is computed.
+
+    `micro_batch` (per rank) splits the rank's part of the global batch into accumulated pieces; None takes it whole.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = not_identity(1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch: int | None = not_identity(None, gt=0)
+    clip_grad: float = Field(3.0, ge=0)  # global L2 norm; 0 turns clipping off
+    compile: bool = not_identity(False)
+    bucket_mb: float = not_identity(100.0, gt=0)  # size of one gradient reduction
+    timeout_s: float = not_identity(600.0, gt=0)  # limit on every collective
+
+
+class CheckpointConfig(Config):
+    """When to save, and what to keep. Nothing here is identity."""
+
+    save_every_steps: int | None = not_identity(None, gt=0)  # None: once per epoch
+    save_every_minutes: float | None = not_identity(None, gt=0)
+    keep_last: int = not_identity(2, ge=1)
+    keep_every_steps: int | None = not_identity(None, gt=0)  # multiples of this are kept for ever
+    background: bool = not_identity(True)
+    local_dir: str | None = not_identity(None)  # where files lie until uploaded; None: the system's temporary folder
+
+
+class GuardConfig(Config):
+    """What counts as a bad step, and what happens then.
+
+    A bad step is not applied on any rank. `max_bad_steps` in a row roll back to the last checkpoint (the data
+    of that window are skipped); after `max_rollbacks` of those the next one raises TrainingDiverged.
+    """
+
+    max_bad_steps: int = Field(5, ge=1)
+    max_rollbacks: int = Field(3, ge=0)
+    spike_factor: float = Field(0.0, ge=0)  # bad if loss > factor x median of the last `spike_window`; 0: off
+    spike_window: int = Field(50, ge=5)
+
+
+class WatchConfig(Config):
+    """What is written down while training runs. Nothing here is identity."""
+
+    log_every_steps: int = not_identity(1, ge=1)
+    picture_every_steps: int = not_identity(0, ge=0)  # 0: never
+    tensorboard_dir: str | None = not_identity(None)
+
+
+class LoopConfig(Config):
+    """Everything of the loop but the model, the data and the objective."""
+
+    seed: int = 0
+    global_batch: int = Field(2048, gt=0)
+    optimiser: OptimiserConfig = OptimiserConfig()
+    schedule: ScheduleConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    watch: WatchConfig = WatchConfig()
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: off; else the averaged weights are what the stage hands on

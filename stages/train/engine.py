@@ -1,0 +1,334 @@
+"""DeepSpeed behind a small surface: forward, backward, a step that can be held back, and the state as fragments.
+
+The state of a run (fp32 weights, AdamW moments, optional EMA) is seen as *fragments*: pieces of named
+parameters, each a 1-D view into whatever flat buffer the ZeRO stage keeps on this rank. Checkpoints are made
+of fragments, so they do not depend on the world size or on the stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.distributed import World
+from cluster.errors import ConfigError
+from stages.train.config import EngineConfig, OptimiserConfig
+from stages.train.optim import GuardedAdamW
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Fragment:
+    """A contiguous piece of one flattened parameter that lives on this rank.
+
+    `tensors` holds fp32 1-D live views of equal length: `master`, `exp_avg`, `exp_avg_sq` and, with EMA, `ema`.
+    `saved_here` is false where another rank writes the same piece (ZeRO-0 keeps everything everywhere).
+    """
+
+    name: str
+    offset: int
+    numel: int
+    tensors: dict[str, Tensor]
+    saved_here: bool = True
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one optimiser step. `overflow`: fp16 lowered its loss scale, which is no fault."""
+
+    applied: bool
+    grad_norm: float
+    overflow: bool = False
+
+
+@dataclass
+class Engine:
+    """A model under DeepSpeed ZeRO. Build it with `Engine.build`."""
+
+    model: Any  # the DeepSpeed engine: call it to run forward
+    module: nn.Module
+    optimiser: GuardedAdamW
+    config: EngineConfig
+    accumulation: int
+    world: World
+    fragments: list[Fragment]
+    frozen: dict[str, Tensor]  # CPU copies of parameters without gradient; they never change
+    ema_decay: float = 0.0
+    _closed: bool = field(default=False, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        *,
+        config: EngineConfig,
+        optimiser: OptimiserConfig,
+        world: World,
+        rank_batch: int,
+        ema_decay: float = 0.0,
+    ) -> Engine:
+        """Wrap `module` (fp32, on the CPU, equal on all ranks) for training.
+
+        Raises ConfigError when the micro-batch does not divide the rank's part of the global batch.
+        """
+        micro = config.micro_batch or rank_batch
+        if rank_batch % micro:
+            raise ConfigError(
+                f"micro_batch {micro} does not divide the {rank_batch} samples that a rank has per step",
+                expected="a divisor of global_batch / ranks", found=micro,
+                remedy=f"set engine.micro_batch to {max(d for d in range(1, micro + 1) if rank_batch % d == 0)}",
+            )
+        deepspeed = _deepspeed(world)
+        frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
+        names = {id(p): n for n, p in module.named_parameters()}
+        module.to(world.device)
+        base = GuardedAdamW(
+            ({key: value for key, value in group.items() if key != "names"} for group in groups), optimiser
+        )
+        with _quiet():
+            wrapped, _, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=base,
+                config=_deepspeed_config(config, world, micro, rank_batch // micro),
+                dist_init_required=False,
+            )
+        if config.compile:
+            wrapped.compile()
+        engine = cls(
+            model=wrapped, module=module, optimiser=base, config=config, accumulation=rank_batch // micro,
+            world=world, fragments=[], frozen=frozen, ema_decay=ema_decay,
+        )
+        base.ensure_state(engine._flat_masters())
+        engine.fragments = list(engine._find_fragments(names))
+        for fragment in engine.fragments if ema_decay else []:
+            fragment.tensors["ema"] = fragment.tensors["master"].clone()
+        return engine
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations and inputs have."""
+        return DTYPES[self.config.precision]
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch; reduces them over the ranks as the ZeRO stage needs."""
+        self.model.backward(loss)
+
+    def micro_step_done(self) -> None:
+        """Tell DeepSpeed that a micro-batch which is not the last of its step is over."""
+        self.model.step()
+
+    def step(self, lr: float, *, skip: bool) -> StepResult:
+        """Clip and apply the accumulated gradients, or drop them on every rank when `skip` is set.
+
+        Gradients that are not finite on any rank are never applied: the norm is global.
+        """
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        own = not self._wrapped_optimiser
+        norm = self._clip_unwrapped() if own else math.nan
+        self.optimiser.skip = skip or (own and not math.isfinite(norm))
+        self.model.step()
+        held = self.optimiser.skip
+        self.optimiser.skip = False
+        overflow = bool(getattr(self.model.optimizer, "overflow", False))
+        if not own:
+            norm = float(getattr(self.model.optimizer, "_global_grad_norm", math.nan))
+        applied = not held and not overflow
+        if applied and self.ema_decay:
+            self._update_ema()
+        return StepResult(applied, norm, overflow and not skip and self.config.precision == "fp16")
+
+    def optimiser_steps(self) -> int:
+        """Optimiser steps applied so far (AdamW's own count)."""
+        return int(self.optimiser.state[self._flat_masters()[0]]["step"].item())
+
+    def scalars(self) -> dict[str, float]:
+        """The state that is not in fragments, equal on all ranks: AdamW's step count and fp16's loss scale."""
+        values: dict[str, float] = {"adam_step": self.optimiser_steps()}
+        scaler = self._scaler()
+        for key in _SCALER_FIELDS:
+            if scaler is not None and hasattr(scaler, key):
+                values[key] = getattr(scaler, key)
+        return values
+
+    def after_load(self, scalars: dict[str, float]) -> None:
+        """Take over `scalars`, and bring the working weights in line with the fragments just filled."""
+        for flat in self._flat_masters():
+            self.optimiser.state[flat]["step"].fill_(float(scalars["adam_step"]))
+        scaler = self._scaler()
+        for key in _SCALER_FIELDS:
+            if scaler is not None and hasattr(scaler, key) and key in scalars:
+                setattr(scaler, key, type(getattr(scaler, key))(scalars[key]))
+        zero = self.model.optimizer
+        if self.config.zero_stage == 3:
+            for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].partition(zero.persistent_parameters)
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif hasattr(zero, "update_lp_params"):
+            zero.update_lp_params()
+        elif hasattr(zero, "fp32_groups"):
+            with torch.no_grad():
+                for masters, working in zip(zero.fp32_groups, zero.fp16_groups, strict=True):
+                    for master, weight in zip(masters, working, strict=True):
+                        weight.copy_(master)
+
+    def close(self) -> None:
+        """Drop DeepSpeed's hooks and global state, so that this process can build another engine."""
+        if self._closed:
+            return
+        self._closed = True
+        self.fragments = []
+        with contextlib.suppress(Exception):
+            self.model.destroy()
+        import deepspeed.comm.comm as comm
+        from deepspeed.utils import groups
+
+        comm.cdb = None
+        groups._WORLD_GROUP = None
+
+    @property
+    def _wrapped_optimiser(self) -> bool:
+        return self.model.optimizer is not self.optimiser
+
+    def _scaler(self) -> Any:
+        zero = self.model.optimizer
+        return getattr(zero, "loss_scaler", None) or getattr(zero, "loss_scale_config", None)
+
+    def _clip_unwrapped(self) -> float:
+        """Plain fp32 without ZeRO has no wrapper that clips and knows the norm; same formula as DeepSpeed's."""
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))))
+        if self.config.clip_grad and math.isfinite(norm):
+            clip = (norm + 1e-6) / self.config.clip_grad
+            if clip > 1:
+                torch._foreach_mul_(grads, 1.0 / clip)
+        return norm
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        if self.fragments:
+            torch._foreach_lerp_(
+                [f.tensors["ema"] for f in self.fragments],
+                [f.tensors["master"] for f in self.fragments],
+                1.0 - self.ema_decay,
+            )
+
+    def _flat_masters(self) -> list[Tensor]:
+        zero = self.model.optimizer
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(zero, name):
+                return list(getattr(zero, name))
+        if hasattr(zero, "fp32_groups"):
+            return [p for group in zero.fp32_groups for p in group]
+        return [p for group in self.optimiser.param_groups for p in group["params"]]
+
+    def _find_fragments(self, names: dict[int, str]) -> Iterator[Fragment]:
+        zero = self.model.optimizer
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        if self.config.zero_stage == 3:
+            for parameter in trainable:
+                group, start, size = zero.grad_position[zero.get_param_id(parameter)]
+                offset = self.world.rank * size
+                numel = min(size, parameter.ds_numel - offset)  # the last rank's part is padded
+                if numel > 0:
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    yield self._fragment(names[id(parameter)], offset, numel, flat, start)
+        elif self.config.zero_stage > 0:
+            flats = self._flat_masters()
+            for parameter in trainable:
+                mapping = parameter._hp_mapping
+                if mapping is not None:
+                    yield self._fragment(
+                        names[id(parameter)], mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel,
+                        flats[mapping.param_group_index], mapping.hp_fragment_address.start,
+                    )
+        else:
+            pairs: list[tuple[Tensor, Tensor]] = [(p, p) for p in trainable]
+            if hasattr(zero, "fp32_groups"):
+                pairs = [
+                    (weight, master)
+                    for weights, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
+                    for weight, master in zip(weights, masters, strict=True)
+                ]
+            for index, (parameter, master) in enumerate(pairs):
+                fragment = self._fragment(names[id(parameter)], 0, master.numel(), master, 0)
+                fragment.saved_here = index % self.world.world_size == self.world.rank
+                yield fragment
+
+    def _fragment(self, name: str, offset: int, numel: int, flat: Tensor, start: int) -> Fragment:
+        state = self.optimiser.state[flat]
+        sources = {"master": flat.detach(), **{key: state[key] for key in MOMENTS}}
+        views = {key: value.view(-1).narrow(0, start, numel) for key, value in sources.items()}
+        return Fragment(name, offset, numel, views)
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def _deepspeed_config(config: EngineConfig, world: World, micro: int, accumulation: int) -> dict[str, Any]:
+    gpu = world.device != "cpu"
+    bucket = int(config.bucket_mb * 1e6 / (4 if config.precision == "fp32" else 2))
+    plain = config.zero_stage == 0 and config.precision == "fp32"
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world.world_size,
+        "gradient_clipping": 0.0 if plain else config.clip_grad,
+        "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "overlap_comm": gpu and config.zero_stage > 0,
+            "contiguous_gradients": gpu,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1},
+    }
+    if config.zero_stage == 1 and config.precision == "bf16":
+        # Pieces of a step add up in fp32: 8 bits of mantissa lose small gradients.
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def _deepspeed(world: World) -> Any:
+    """Import DeepSpeed for this device without its chatter and without compiling any op."""
+    kind = "cuda" if world.device.startswith("cuda") else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it, also when it is alone
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with _quiet():
+        import deepspeed
+        import deepspeed.comm
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # Its shared-memory all-reduce would be compiled with g++ at the first start (100 s); gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # DeepSpeed's collectives call names that torch 2.13 renamed; one line per call site otherwise.
+        warnings.filterwarnings("ignore", message=r".*torch.distributed.*is deprecated", category=FutureWarning)
+        deepspeed.comm.init_distributed(
+            dist_backend="nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        )
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what DeepSpeed prints while it starts; warnings of ours go through logging and are not affected."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+        yield
