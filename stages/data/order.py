@@ -45,7 +45,7 @@ class Order:
             raise ConfigError(
                 f"the global batch of {global_batch} cannot be taken evenly from {streams} streams",
                 expected="a multiple of the number of streams",
-                remedy=f"set the global batch to {max(1, round(global_batch / streams)) * streams}, or change streams",
+                remedy=f"a global batch of {max(1, round(global_batch / streams)) * streams} fits",
             )
         self.shard_samples = np.asarray(shard_samples, np.int64)
         self.first_id = np.concatenate([[0], np.cumsum(self.shard_samples)])

@@ -20,7 +20,7 @@ _M2 = np.uint64(0x94D049BB133111EB)
 
 
 class Purpose(IntEnum):
-    """What a draw is for; two purposes never share a number. Values are part of the sample order: never renumber."""
+    """What a draw is for; two purposes never share a number. Renumbering changes the order of samples."""
 
     SHARD_ORDER = 1
     SAMPLE_ORDER = 2
@@ -59,7 +59,7 @@ def uniform_table(count: int, *parts: int | np.ndarray) -> np.ndarray:
 
 
 def permutation(length: int, *parts: int) -> np.ndarray:
-    """A permutation of range(length), int64, by sorting hashes (ties, at 2^-64 per pair, fall back on the index)."""
+    """A permutation of range(length), int64, by sorting hashes (ties, at 2^-64 a pair, keep their order)."""
     return np.argsort(mix(*parts, np.arange(length)), kind="stable")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -57,11 +58,11 @@ def test_every_world_size_sees_the_same_global_batches(order: Order, epoch: int,
 @settings(max_examples=40, deadline=None)
 @given(orders(), st.data())
 def test_resuming_on_other_world_sizes_repeats_and_misses_nothing(order: Order, data: st.DataObject) -> None:
-    """Read two epochs in segments, each by a fresh object on its own world size, against one undisturbed read."""
+    """Two epochs in segments, each read by a fresh object on its own world size, against one whole read."""
     total = 2 * order.steps_per_epoch
     cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=3))})
     seen = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         world_size = data.draw(st.sampled_from(divisors(order.streams)))
         fresh = Order(
             order.shard_samples.tolist(),
@@ -109,7 +110,7 @@ def test_epochs_and_seeds_give_other_orders() -> None:
 
 
 def test_the_order_is_pinned() -> None:
-    """A change here means that runs cannot be resumed by the new code: bump the version of the order, say so."""
+    """A change here means that runs begun with older code cannot be resumed: say so in the changelog."""
     order = Order([5, 7, 6, 6], seed=7, streams=2, global_batch=4, window=2)
     assert [order.batch(0, 0).tolist(), order.batch(3, 5).tolist()] == PINNED
 

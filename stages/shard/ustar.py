@@ -1,0 +1,82 @@
+"""Write tar files of fixed metadata, hashing as they grow.
+
+Python's `tarfile` builds an object and several dictionaries per member; a shard needs only regular files
+with constant owner, mode and time (so that equal content gives equal bytes), for which a POSIX ustar
+header is 512 bytes of plain fields (IEEE Std 1003.1, pax "ustar Interchange Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+BLOCK = 512
+_MAX_SIZE = 8**11 - 1
+
+
+class TarWriter:
+    """Appends members to a new local tar file. `offset` is where the next header goes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb", buffering=2**20)
+        self._sha256 = hashlib.sha256()
+        self.offset = 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a regular file; returns the offset of its first data byte. ValueError if ustar cannot hold it."""
+        self._write(header(name, len(data)))
+        begin = self.offset
+        self._write(data)
+        self._write(bytes(-len(data) % BLOCK))
+        return begin
+
+    def close(self) -> tuple[int, str]:
+        """End the archive; returns its size in bytes and sha256."""
+        self._write(bytes(2 * BLOCK))
+        self._file.close()
+        return self.offset, self._sha256.hexdigest()
+
+    def abort(self) -> None:
+        """Close the file without ending the archive."""
+        self._file.close()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.offset += len(data)
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512-byte header of a regular file; ValueError when name or size do not fit."""
+    if size > _MAX_SIZE:
+        raise ValueError(f"{size} bytes do not fit a ustar header")
+    prefix, base = _split(name.encode())
+    block = bytearray(BLOCK)
+    block[0 : len(base)] = base
+    block[100:124] = b"0000644\x00" + 2 * b"0000000\x00"  # mode, uid, gid
+    block[124:136] = b"%011o\0" % size
+    block[136:148] = b"00000000000\0"  # mtime 0
+    block[148:156] = b"        "  # the checksum is taken over spaces in its own place
+    block[156:157] = b"0"  # regular file
+    block[257:265] = b"ustar\x0000"
+    block[345 : 345 + len(prefix)] = prefix
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def fits(name: str) -> bool:
+    """Whether ustar can hold the name: 100 bytes, or 155 more before a slash."""
+    try:
+        _split(name.encode())
+    except ValueError:
+        return False
+    return True
+
+
+def _split(name: bytes) -> tuple[bytes, bytes]:
+    if len(name) <= 100:
+        return b"", name
+    cut = name.rfind(b"/", 0, 156)
+    if cut <= 0 or len(name) - cut - 1 > 100:
+        raise ValueError(f"name of {len(name)} bytes does not fit a ustar header: {name[:60]!r}…")
+    return name[:cut], name[cut + 1 :]
