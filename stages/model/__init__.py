@@ -3,9 +3,11 @@
 from stages.model.backbone import build_backbone
 from stages.model.config import BackboneConfig, ObjectiveConfig, TeacherConfig, backbone_config, sizes
 from stages.model.heads import Classifier
+from stages.model.io import LoadReport, load, load_backbone_into, load_into, save_model
 from stages.model.layer_decay import decays, layer_id, lr_scale, num_layers
 from stages.model.masks import block_mask
 from stages.model.mfm import MaskedFeatureModel
+from stages.model.teacher import Teacher, check_grids, load_teacher
 
 __all__ = [
     "BackboneConfig",
@@ -17,6 +19,14 @@ __all__ = [
     "Classifier",
     "MaskedFeatureModel",
     "block_mask",
+    "Teacher",
+    "load_teacher",
+    "check_grids",
+    "save_model",
+    "load",
+    "load_into",
+    "load_backbone_into",
+    "LoadReport",
     "layer_id",
     "lr_scale",
     "decays",

@@ -41,7 +41,7 @@ class BackboneConfig(Config):
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     init_values: float | None = Field(default=0.1, description="initial layer scale; null builds none")
     norm_eps: float = Field(default=1e-6, gt=0)
-    stop_grad_stem: bool = Field(False, description="stem gradient scaled by 0.1, values unchanged (EVA-02)")
+    stop_grad_stem: bool = False  # the stem gets a tenth of its gradient (EVA-02)
     activation_checkpointing: bool = not_identity(False)
 
     @field_validator("img_size")

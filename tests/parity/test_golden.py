@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stages.model import (
     BackboneConfig,
     Classifier,
     MaskedFeatureModel,
     ObjectiveConfig,
+    TeacherConfig,
     backbone_config,
     decays,
+    load_teacher,
     lr_scale,
     num_layers,
 )
@@ -210,3 +212,31 @@ def test_layer_decay_matches_the_published_groups(name):
         scale = lr_scale(parameter, depths, golden["layer_decay"])
         assert scale == pytest.approx(expected["lr_scale"], rel=1e-9)
         assert decays(parameter, ndim) == expected["weight_decay"], parameter
+
+
+def teacher(tmp_path, **config):
+    golden = load("clip_teacher")
+    save_file(part(golden, "state."), tmp_path / "clip.safetensors")
+    heads = CONFIG["clip_teacher"]["config"]["heads"]
+    return load_teacher(TeacherConfig(uri=str(tmp_path / "clip.safetensors"), heads=heads, **config)), golden
+
+
+def test_clip_teacher_gives_the_recorded_targets(tmp_path):
+    model, golden = teacher(tmp_path)
+    assert (model.input_size, model.grid, model.dim) == (56, 4, 24)
+    target = model(golden["image56"])
+    assert_close(target, golden["target56"], 1e-5, "target56")
+    assert not target.requires_grad
+    pixels = (golden["image56"] - model.mean) / model.std
+    assert_close(model.tower(pixels)[1], golden["class_embedding56"], 1e-5, "class")
+
+
+def test_clip_teacher_interpolates_positions_as_published(tmp_path):
+    model, golden = teacher(tmp_path, input_size=42)
+    assert model.grid == 3
+    assert_close(model(golden["image42"]), golden["target42"], 1e-5, "target42")
+
+
+def test_published_scaling_reproduces_the_squeezed_images(tmp_path):
+    model, golden = teacher(tmp_path, published_scaling=True)
+    assert_close(model(golden["image56"]), golden["target56_squeezed_input"], 1e-5, "squeezed")

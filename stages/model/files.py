@@ -1,0 +1,179 @@
+"""Weight files, read without running pickled code: safetensors, torch state dicts, TorchScript archives."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import pickle
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster import storage
+from cluster.errors import DataInvalid
+
+# Published checkpoints carry their command line beside the weights. These classes only hold values.
+_INERT: list[Any] = [argparse.Namespace, pathlib.PosixPath]
+_STATE_KEYS = ("model", "module", "state_dict")
+_EMA_KEYS = ("model_ema", "ema", "state_dict_ema")
+
+
+@contextmanager
+def local_copy(uri: str, *, sha256: str | None = None) -> Iterator[Path]:
+    """A local path to the object at `uri`, downloaded to a temporary folder where it is not local.
+
+    Raises DataInvalid when `sha256` is given and differs.
+    """
+    full = storage.join(uri)
+    if "://" not in full:
+        if not Path(full).is_file():
+            raise DataInvalid(
+                f"no weights file at {full}", expected="a file", found="nothing", remedy="correct the path"
+            )
+        if sha256 is not None and (found := storage.sha256_file(full)) != sha256:
+            raise _differs(full, sha256, found)
+        yield Path(full)
+        return
+    with tempfile.TemporaryDirectory(prefix="itpn-weights-") as folder:
+        local = Path(folder) / full.rsplit("/", 1)[-1]
+        storage.download_file(full, local, sha256=sha256)
+        yield local
+
+
+def _differs(uri: str, expected: str, found: str) -> DataInvalid:
+    return DataInvalid(
+        f"{uri} is not the file that was pinned",
+        expected=f"sha256 {expected}",
+        found=f"sha256 {found}",
+        remedy="fetch the pinned file again, or pin the sha256 of this one",
+    )
+
+
+def read_state(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU.
+
+    Understands safetensors, torch files (a state dict, or one under `model`, `module` or `state_dict`; with
+    `ema` under `model_ema`), and TorchScript archives. Nothing in the file is executed.
+
+    Raises:
+        DataInvalid: not such a file, or one that would need to run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if _is_torchscript(path):
+            return _read_torchscript(path)
+        with torch.serialization.safe_globals(_INERT):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
+        raise DataInvalid(
+            f"{path} cannot be read as weights",
+            expected="safetensors, a torch state dict, or a TorchScript archive",
+            found=str(error).splitlines()[0][:300],
+            remedy="convert the file to safetensors on a machine that trusts it",
+        ) from None
+    keys = _EMA_KEYS if ema else _STATE_KEYS
+    for key in keys:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    else:
+        if ema:
+            raise DataInvalid(
+                f"{path} holds no averaged weights",
+                expected=" or ".join(keys),
+                found=", ".join(map(str, content)),
+            )
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise DataInvalid(
+            f"{path} holds no tensors", expected="a state dict", found=", ".join(map(str, content))
+        )
+    if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel wrapper
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Parameters and buffers of a TorchScript archive, by their dotted names.
+
+    `torch.jit.load` would compile the code inside; this reads `data.pkl` with an unpickler that knows tensors
+    and turns every scripted module into a plain dictionary.
+    """
+    with zipfile.ZipFile(path) as archive:
+        root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        with archive.open(f"{root}data.pkl") as file:
+            module = _TensorUnpickler(file, archive, root).load()
+    state: dict[str, Tensor] = {}
+    _collect(module, "", state)
+    return state
+
+
+class _Module:
+    """Stands for any scripted module: keeps its attributes, runs nothing."""
+
+    attributes: dict[str, Any]
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(file)
+        self._archive, self._root = archive, root
+        self._storages: dict[str, torch.UntypedStorage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Module
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":  # typed lists and the like: their items
+            return lambda data, *_: data
+        raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which is not a tensor")
+
+    def persistent_load(self, pid: Any) -> Any:
+        _, storage_class, key, _, count = pid
+        dtype = storage_class.dtype
+        if key not in self._storages:
+            data = bytearray(self._archive.read(f"{self._root}data/{key}"))
+            if len(data) < count * dtype.itemsize:
+                raise pickle.UnpicklingError(f"storage {key} is cut short")
+            self._storages[key] = torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        return torch.storage.TypedStorage(wrap_storage=self._storages[key], dtype=dtype, _internal=True)
+
+
+def _collect(value: Any, prefix: str, state: dict[str, Tensor]) -> None:
+    if isinstance(value, Tensor):
+        state[prefix] = value.detach()
+    elif isinstance(value, _Module):
+        for name, item in value.attributes.items():
+            _collect(item, f"{prefix}.{name}" if prefix else name, state)

@@ -1,0 +1,188 @@
+"""The frozen teacher: any supported vision tower turned into targets for masked feature modelling.
+
+Target (iTPN, `engine_for_pretraining.py`): patch tokens → post-LN → projection → LayerNorm without affine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster import storage
+from cluster.errors import ConfigError, DataInvalid
+from stages.model.clip_tower import ClipTower, from_hf, from_openai, hf_arguments, open_clip_arguments
+from stages.model.config import BackboneConfig, TeacherConfig
+from stages.model.files import local_copy, read_state
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_CONFIGS = {"hf": "config.json", "open_clip": "open_clip_config.json"}
+_WEIGHTS = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower and what must be known to feed it. `module(image)` gives patch tokens first."""
+
+    module: nn.Module
+    patch_size: int
+    native_size: int  # pixels
+    dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Teacher(nn.Module):
+    """Targets from images. Frozen: no parameter has a gradient, and no graph is built.
+
+    Attributes:
+        input_size: pixels of a side of the images that it sees.
+        grid: tokens along a side.
+        dim: width of the targets.
+        sha256: of the weights file.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, tower: Tower, config: TeacherConfig, sha256: str, device: torch.device) -> None:
+        super().__init__()
+        self.input_size = config.input_size or tower.native_size
+        if self.input_size % tower.patch_size:
+            below = self.input_size // tower.patch_size * tower.patch_size
+            raise ConfigError(
+                f"teacher.input_size {self.input_size} is no multiple of the teacher's patch size",
+                expected=f"a multiple of {tower.patch_size}",
+                found=self.input_size,
+                remedy=f"teacher.input_size={below or tower.patch_size} or {below + tower.patch_size}",
+            )
+        self.patch_size, self.dim, self.sha256 = tower.patch_size, tower.dim, sha256
+        self.grid = self.input_size // tower.patch_size
+        self.published_scaling = config.published_scaling
+        fp32 = config.precision == "fp32" or (config.precision == "auto" and device.type == "cpu")
+        self.dtype = torch.float32 if fp32 else torch.bfloat16
+        self.tower = tower.module.eval().requires_grad_(False).to(device, self.dtype)
+        self.register_buffer("mean", torch.tensor(tower.mean, device=device).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(tower.std, device=device).view(1, 3, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, image01_BCHW: Tensor) -> Tensor:
+        """Targets (B, grid², dim), fp32.
+
+        Args:
+            image01_BCHW: float, values in [0, 1]. Images of another size than `input_size` are resized
+                (bicubic, antialiased).
+        """
+        x = image01_BCHW.float()
+        if tuple(x.shape[-2:]) != (self.input_size, self.input_size):
+            size = (self.input_size, self.input_size)
+            x = F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        if self.published_scaling:
+            x = (x + 1) / 2
+        tokens_BND = self.tower(((x - self.mean) / self.std).to(self.dtype))[0]
+        return F.layer_norm(tokens_BND.float(), (self.dim,))
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode: it is frozen."""
+        return super().train(False)
+
+
+def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> Teacher:
+    """The teacher that the config names, on `device`.
+
+    Raises:
+        ConfigError: the name or layout is not understood.
+        DataInvalid: the weights are missing, broken, or differ from `sha256`.
+    """
+    files = find_files(config)
+    with local_copy(files.weights, sha256=config.sha256) as path:
+        sha256 = config.sha256 or storage.sha256_file(path)
+        tower = _clip(config, files, path)
+    return Teacher(tower, config, sha256, torch.device(device))
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """Where a teacher's weights and its config (if it has one) stand, and their layout."""
+
+    weights: str
+    layout: str
+    config: dict[str, Any] | None
+    preprocessor: dict[str, Any] | None
+
+
+def find_files(config: TeacherConfig) -> TeacherFiles:
+    """Resolve `config.uri`: a weights file, or a folder that holds one beside its config."""
+    uri = storage.join(config.uri)
+    weights: str | None = uri if Path(uri).suffix in (".safetensors", ".pt", ".pth", ".bin") else None
+    folder = uri.rsplit("/", 1)[0] if weights else uri
+    if weights is None:
+        weights = next((w for name in _WEIGHTS if storage.exists(w := storage.join(folder, name))), None)
+    if weights is None:
+        raise DataInvalid(
+            f"no teacher at {config.uri}",
+            expected="a weights file, or a folder with one of " + ", ".join(_WEIGHTS),
+            found="neither",
+            remedy="correct teacher.uri",
+        )
+    layout, found = config.layout, None
+    for name, file in _CONFIGS.items():
+        if config.layout in ("auto", name) and storage.exists(path := storage.join(folder, file)):
+            layout, found = name, storage.read_json(path)  # type: ignore[assignment]
+            break
+    if layout == "auto":
+        layout = "openai"
+    preprocessor = storage.join(folder, "preprocessor_config.json")
+    known = storage.read_json(preprocessor) if storage.exists(preprocessor) else None
+    return TeacherFiles(weights, layout, found, known)
+
+
+def _clip(config: TeacherConfig, files: TeacherFiles, path: Path) -> Tower:
+    state = read_state(path)
+    arguments: dict[str, Any] = {"heads": None, "quick_gelu": files.layout != "open_clip"}
+    if files.layout == "hf":
+        vision = from_hf(state)
+        arguments |= hf_arguments(files.config or {})
+    else:
+        vision = from_openai(state)
+        if files.config is not None:
+            arguments |= open_clip_arguments(files.config)
+    if config.heads is not None:
+        arguments["heads"] = config.heads
+    if config.activation != "auto":
+        arguments["quick_gelu"] = config.activation == "quick_gelu"
+    tower = ClipTower(vision, **arguments)
+    return Tower(tower, tower.patch_size, tower.native_grid * tower.patch_size, tower.dim, *_mean_std(files))
+
+
+def _mean_std(
+    files: TeacherFiles, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+) -> tuple[Any, Any]:
+    known = files.preprocessor or {}
+    return tuple(known.get("image_mean", mean)), tuple(known.get("image_std", std))
+
+
+def check_grids(backbone: BackboneConfig, teacher: Teacher) -> None:
+    """Student and teacher must have equal grids; raises ConfigError that names the sizes which would fit."""
+    if backbone.grid == teacher.grid:
+        return
+    student_fits = teacher.grid * backbone.patch_size
+    teacher_fits = backbone.grid * teacher.patch_size
+    raise ConfigError(
+        f"the teacher's {teacher.grid}×{teacher.grid} grid does not fit the student's "
+        f"{backbone.grid}×{backbone.grid} grid",
+        expected=f"{backbone.grid}×{backbone.grid} tokens from both",
+        found=f"student input {backbone.img_size} (patch {backbone.patch_size}), "
+        f"teacher input {teacher.input_size} (patch {teacher.patch_size})",
+        remedy=f"teacher.input_size={teacher_fits} with a student input of {backbone.img_size}, "
+        f"or a student input of {student_fits} with teacher.input_size={teacher.input_size}",
+    )

@@ -1,0 +1,171 @@
+"""Saving, loading and the strict report."""
+
+import argparse
+import pickle
+
+import pytest
+import torch
+
+from cluster.errors import ConfigError, DataInvalid
+from stages.model import (
+    BackboneConfig,
+    Classifier,
+    MaskedFeatureModel,
+    ObjectiveConfig,
+    backbone_config,
+    build_backbone,
+    load,
+    load_backbone_into,
+    load_into,
+    save_model,
+)
+
+SMALL = {"img_size": 64, "embed_dim": 64, "depths": (1, 1, 4), "num_heads": 1}
+FAMILIES = ["fast_itpn", "itpn"]
+
+
+def config(family="fast_itpn", **more):
+    return BackboneConfig(family=family, **(SMALL | more))
+
+
+def pretrain(family="fast_itpn", **more):
+    return MaskedFeatureModel(config(family, **more), ObjectiveConfig(fpn_dim=32), 24)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classifier_comes_back_from_disk_with_named_levels(tmp_path, family):
+    model = Classifier(config(family), 5).eval()
+    save_model(tmp_path, model.state_dict(), model.describe())
+    image = torch.randn(2, 3, 64, 96)
+    for uri in (tmp_path, tmp_path / "model.safetensors"):
+        again = load(str(uri))
+        assert torch.equal(again(image), model(image))
+    shapes = {name: tuple(value.shape[1:]) for name, value in again.forward_features(image).items()}
+    assert shapes == {
+        "level4": (16, 16, 24),
+        "level8": (32, 8, 12),
+        "level16": (64, 4, 6),
+        "tokens": (24, 64),
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretrained_model_comes_back_with_pyramid_levels(tmp_path, family):
+    model = pretrain(family)
+    save_model(tmp_path, model.state_dict(), model.describe())
+    again = load(str(tmp_path))
+    features = again.forward_features(torch.randn(1, 3, 64, 64))
+    assert tuple(features["pyramid4"].shape) == (1, 32, 16, 16)
+    assert again.objective == model.objective
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fine_tuning_starts_from_a_pretrained_backbone_at_another_size(family):
+    source = pretrain(family)
+    target = Classifier(config(family, img_size=96), 5)
+    report = load_backbone_into(target, source.state_dict())
+    assert sorted(report.missing) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert report.unexpected == []
+    tables = 1 if family == "fast_itpn" else 5
+    assert len(report.resized) == tables and report.resized[0].endswith("pos_embed")
+    assert torch.equal(target.blocks[0].mlp.fc1.weight, source.backbone.blocks[0].mlp.fc1.weight)
+    assert load_backbone_into(target, source.backbone_state_dict()).unexpected == []
+
+
+def test_head_of_another_shape_is_dropped_and_reported():
+    report = load_backbone_into(Classifier(config(), 7), Classifier(config(), 5).state_dict())
+    assert report.dropped == ["head.weight", "head.bias"]
+    assert report.missing == ["head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda s: s.pop("blocks.0.norm2.weight"), "missing: blocks.0.norm2.weight"),
+        (lambda s: s.update({"blocks.9.norm2.weight": torch.zeros(64)}), "unexpected: blocks.9.norm2.weight"),
+        (lambda s: s.update({"blocks.0.norm2.weight": torch.zeros(3)}), "another shape"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(damage, words):
+    model = Classifier(config(), 5)
+    state = model.state_dict()
+    damage(state)
+    with pytest.raises(DataInvalid, match=words):
+        load_backbone_into(model, state)
+
+
+@pytest.mark.parametrize(("outer", "ema"), [("model", False), ("module", False), ("model_ema", True)])
+def test_published_checkpoints_load_by_their_shapes_alone(tmp_path, outer, ema):
+    model = Classifier(config(), 5)
+    content = {outer: model.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    torch.save(content, tmp_path / "published.pth")
+    again = load(str(tmp_path / "published.pth"), ema=ema)
+    assert again.config.depths == (1, 1, 4) and again.num_classes == 5
+    assert torch.equal(again.head.weight, model.head.weight)
+
+
+def test_published_pretraining_checkpoint_loads_by_its_flat_names(tmp_path):
+    model = pretrain("itpn", mlp_ratio=4.0)
+    torch.save({"model": model.published_state_dict()}, tmp_path / "itpn.pth")
+    again = load(str(tmp_path / "itpn.pth"))
+    image, mask, target = (
+        torch.randn(2, 3, 64, 64),
+        torch.zeros(2, 16, dtype=torch.bool),
+        torch.randn(2, 16, 24),
+    )
+    assert torch.equal(again(image, mask, target)["loss"], model.eval()(image, mask, target)["loss"])
+
+
+def test_asking_for_averaged_weights_that_are_not_there_is_an_error(tmp_path):
+    torch.save({"model": Classifier(config(), 5).state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(DataInvalid, match="averaged"):
+        load(str(tmp_path / "a.pth"), ema=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_files_that_would_run_code_are_refused(tmp_path, capsys):
+    torch.save({"model": {"head.weight": torch.zeros(1)}, "extra": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pth", "plain.pth"):
+        with pytest.raises(DataInvalid, match="cannot be read as weights"):
+            load(str(tmp_path / name))
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_missing_broken_or_other_files_are_named(tmp_path):
+    with pytest.raises(DataInvalid, match="no weights file"):
+        load(str(tmp_path / "nothing"))
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(DataInvalid, match="cannot be read"):
+        load(str(tmp_path))
+    with pytest.raises(DataInvalid, match="not the file that was pinned"):
+        load(str(tmp_path), sha256="0" * 64)
+
+
+def test_unknown_size_and_field_name_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'fast_itpn_base'"):
+        backbone_config("fast_itpn_bse")
+    with pytest.raises(ConfigError, match="did you mean 'num_heads'"):
+        backbone_config("fast_itpn_base", num_head=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_sizes_that_do_not_fit_name_those_that_would(family):
+    with pytest.raises(ConfigError, match="208 or 224"):
+        backbone_config("fast_itpn_tiny", img_size=220)
+    with pytest.raises(ConfigError, match="48 or 64"):
+        build_backbone(config(family))(torch.zeros(1, 3, 64, 50))
+
+
+def test_same_weights_under_both_name_styles_load_into_a_pretraining_model():
+    model, other = pretrain("itpn"), pretrain("itpn")
+    report = load_into(other, model.published_state_dict(), allow_missing=())
+    assert not (report.missing or report.unexpected or report.dropped)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
+    )
