@@ -39,7 +39,9 @@ class ItpnError(Exception):
         return _rebuild, (type(self), self.message, self.expected, self.found, self.remedy)
 
 
-def _rebuild(cls: type[ItpnError], message: str, expected: object, found: object, remedy: str | None) -> ItpnError:
+def _rebuild(
+    cls: type[ItpnError], message: str, expected: object, found: object, remedy: str | None
+) -> ItpnError:
     return cls(message, expected=expected, found=found, remedy=remedy)
 
 
@@ -97,3 +99,9 @@ class TrainingDiverged(ItpnError):
     """Training met non-finite values again after the allowed number of roll-backs."""
 
     exit_code = 6
+
+
+class Stopped(ItpnError):
+    """The work was asked to stop (SIGTERM, preemption) and has saved its state; it is not finished."""
+
+    exit_code = 0

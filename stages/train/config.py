@@ -16,22 +16,24 @@ from stages.config import Config, not_identity
 class OptimiserConfig(Config):
     """AdamW. 1-D parameters, biases and position embeddings take no weight decay."""
 
-    lr: float = Field(1.5e-3, gt=0)  # at the peak of the schedule; never scaled by the batch size
+    lr: float = Field(default=1.5e-3, gt=0)  # at the peak of the schedule; never scaled by the batch size
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    layer_decay: float = Field(1.0, gt=0, le=1)  # lr of layer i is scaled by layer_decay ** (layers + 1 - i)
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1
+    )  # lr of layer i is scaled by layer_decay ** (layers + 1 - i)
 
 
 class ScheduleConfig(Config):
     """Cosine with linear warm-up, per step. Exactly one of `epochs` and `steps` is given."""
 
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, gt=0)
-    warmup_epochs: float = Field(0.0, ge=0)
-    warmup_steps: int | None = Field(None, ge=0)  # wins over warmup_epochs
-    min_lr: float = Field(1e-5, ge=0)
-    warmup_lr: float = Field(0.0, ge=0)
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0)  # wins over warmup_epochs
+    min_lr: float = Field(default=1e-5, ge=0)
+    warmup_lr: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleConfig:
@@ -49,7 +51,7 @@ class EngineConfig(Config):
     zero_stage: Literal[0, 1, 2, 3] = not_identity(1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch: int | None = not_identity(None, gt=0)
-    clip_grad: float = Field(3.0, ge=0)  # global L2 norm; 0 turns clipping off
+    clip_grad: float = Field(default=3.0, ge=0)  # global L2 norm; 0 turns clipping off
     compile: bool = not_identity(False)
     bucket_mb: float = not_identity(100.0, gt=0)  # size of one gradient reduction
     timeout_s: float = not_identity(600.0, gt=0)  # limit on every collective
@@ -63,7 +65,9 @@ class CheckpointConfig(Config):
     keep_last: int = not_identity(2, ge=1)
     keep_every_steps: int | None = not_identity(None, gt=0)  # multiples of this are kept for ever
     background: bool = not_identity(True)
-    local_dir: str | None = not_identity(None)  # where files lie until uploaded; None: the system's temporary folder
+    local_dir: str | None = not_identity(
+        None
+    )  # where files lie until uploaded; None: the system's temporary folder
 
 
 class GuardConfig(Config):
@@ -73,10 +77,12 @@ class GuardConfig(Config):
     of that window are skipped); after `max_rollbacks` of those the next one raises TrainingDiverged.
     """
 
-    max_bad_steps: int = Field(5, ge=1)
-    max_rollbacks: int = Field(3, ge=0)
-    spike_factor: float = Field(0.0, ge=0)  # bad if loss > factor x median of the last `spike_window`; 0: off
-    spike_window: int = Field(50, ge=5)
+    max_bad_steps: int = Field(default=5, ge=1)
+    max_rollbacks: int = Field(default=3, ge=0)
+    spike_factor: float = Field(
+        default=0.0, ge=0
+    )  # bad if loss > factor x median of the last `spike_window`; 0: off
+    spike_window: int = Field(default=50, ge=5)
 
 
 class WatchConfig(Config):
@@ -91,11 +97,13 @@ class LoopConfig(Config):
     """Everything of the loop but the model, the data and the objective."""
 
     seed: int = 0
-    global_batch: int = Field(2048, gt=0)
+    global_batch: int = Field(default=2048, gt=0)
     optimiser: OptimiserConfig = OptimiserConfig()
     schedule: ScheduleConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     watch: WatchConfig = WatchConfig()
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0: off; else the averaged weights are what the stage hands on
+    ema_decay: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # 0: off; else the averaged weights are what the stage hands on

@@ -41,6 +41,7 @@ class Fragment:
     numel: int
     tensors: dict[str, Tensor]
     saved_here: bool = True
+    filled: dict[str, int] = field(default_factory=dict)  # elements read so far, while a checkpoint is loaded
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Engine:
         if rank_batch % micro:
             raise ConfigError(
                 f"micro_batch {micro} does not divide the {rank_batch} samples that a rank has per step",
-                expected="a divisor of global_batch / ranks", found=micro,
+                expected="a divisor of global_batch / ranks",
+                found=micro,
                 remedy=f"set engine.micro_batch to {max(d for d in range(1, micro + 1) if rank_batch % d == 0)}",
             )
         deepspeed = _deepspeed(world)
@@ -107,8 +109,15 @@ class Engine:
         if config.compile:
             wrapped.compile()
         engine = cls(
-            model=wrapped, module=module, optimiser=base, config=config, accumulation=rank_batch // micro,
-            world=world, fragments=[], frozen=frozen, ema_decay=ema_decay,
+            model=wrapped,
+            module=module,
+            optimiser=base,
+            config=config,
+            accumulation=rank_batch // micro,
+            world=world,
+            fragments=[],
+            frozen=frozen,
+            ema_decay=ema_decay,
         )
         base.ensure_state(engine._flat_masters())
         engine.fragments = list(engine._find_fragments(names))
@@ -229,7 +238,11 @@ class Engine:
 
     def _flat_masters(self) -> list[Tensor]:
         zero = self.model.optimizer
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        for name in (
+            "fp32_partitioned_groups_flat",
+            "single_partition_of_fp32_groups",
+            "fp32_groups_flat_partition",
+        ):
             if hasattr(zero, name):
                 return list(getattr(zero, name))
         if hasattr(zero, "fp32_groups"):
@@ -238,7 +251,7 @@ class Engine:
 
     def _find_fragments(self, names: dict[int, str]) -> Iterator[Fragment]:
         zero = self.model.optimizer
-        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        trainable: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
         if self.config.zero_stage == 3:
             for parameter in trainable:
                 group, start, size = zero.grad_position[zero.get_param_id(parameter)]
@@ -253,8 +266,11 @@ class Engine:
                 mapping = parameter._hp_mapping
                 if mapping is not None:
                     yield self._fragment(
-                        names[id(parameter)], mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel,
-                        flats[mapping.param_group_index], mapping.hp_fragment_address.start,
+                        names[id(parameter)],
+                        mapping.lp_fragment_address.start,
+                        mapping.lp_fragment_address.numel,
+                        flats[mapping.param_group_index],
+                        mapping.hp_fragment_address.start,
                     )
         else:
             pairs: list[tuple[Tensor, Tensor]] = [(p, p) for p in trainable]
@@ -298,7 +314,12 @@ def _deepspeed_config(config: EngineConfig, world: World, micro: int, accumulati
             "allgather_bucket_size": bucket,
         },
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        "fp16": {"enabled": config.precision == "fp16", "loss_scale": 0, "initial_scale_power": 16, "hysteresis": 1},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "hysteresis": 1,
+        },
     }
     if config.zero_stage == 1 and config.precision == "bf16":
         # Pieces of a step add up in fp32: 8 bits of mantissa lose small gradients.
@@ -320,7 +341,9 @@ def _deepspeed(world: World) -> Any:
         # Its shared-memory all-reduce would be compiled with g++ at the first start (100 s); gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # DeepSpeed's collectives call names that torch 2.13 renamed; one line per call site otherwise.
-        warnings.filterwarnings("ignore", message=r".*torch.distributed.*is deprecated", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r".*torch.distributed.*is deprecated", category=FutureWarning
+        )
         deepspeed.comm.init_distributed(
             dist_backend="nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
         )

@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stages.model.layer_decay import decays
 from stages.train.config import OptimiserConfig
-
-_NO_DECAY = ("pos_embed", "relative_position_bias_table", "rel_pos_bias")
-
-
-def takes_weight_decay(name: str, parameter: Tensor) -> bool:
-    """False for 1-D parameters (also those with leading ones, such as a mask token), biases and position embeddings."""
-    axes = sum(size > 1 for size in parameter.shape)
-    return axes > 1 and not name.endswith(".bias") and not any(part in name for part in _NO_DECAY)
 
 
 def parameter_groups(
@@ -44,7 +37,7 @@ def parameter_groups(
         scale = 1.0
         if layer_of is not None and config.layer_decay < 1.0:
             scale = config.layer_decay ** (layers + 1 - layer_of(name))
-        decay = takes_weight_decay(name, parameter)
+        decay = decays(name, parameter.ndim)
         group = groups.setdefault(
             (scale, decay),
             {
@@ -71,8 +64,12 @@ class GuardedAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict[str, Any]], config: OptimiserConfig) -> None:
         super().__init__(
-            list(groups), lr=config.lr, betas=config.betas, eps=config.eps,
-            weight_decay=config.weight_decay, fused=True,
+            list(groups),
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     @torch.no_grad()

@@ -1,0 +1,279 @@
+"""Checkpoints of a run: written in the background, committed by a manifest, verified when read.
+
+    out/checkpoints/<step:09d>.json             the manifest, created exclusively and last: the commit mark
+    out/checkpoints/files/<step>-<attempt>/…    what the ranks wrote (stages/train/state.py)
+    out/metrics/<step>-<attempt>.jsonl          the metrics since the checkpoint before
+
+Files without a manifest do not exist to anybody. Every rank uploads its own files in a thread; the
+loop learns through its per-step reduction when all are there, and rank 0 commits.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cluster import distributed, storage
+from cluster.distributed import World
+from cluster.errors import DataInvalid, DriftError, StepFailed
+from stages.artifacts import FileInfo
+from stages.train import state
+from stages.train.config import CheckpointConfig
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints of one run, as this rank sees them. Methods marked *collective* are called by all ranks.
+
+    Args:
+        out: URI of the step's output folder.
+        attempt: unique id of this try.
+        identity: the config's identity; a checkpoint of another one is not resumed.
+    """
+
+    out: str
+    attempt: str
+    world: World
+    config: CheckpointConfig
+    identity: dict[str, Any]
+    stalled_s: float = 0.0  # time that the loop has waited for checkpoints
+    segments: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # metrics files that belong to the run so far
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
+    _upload: Future[list[FileInfo]] | None = None
+    _commit: Future[None] | None = None
+    _header: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._local = Path(tempfile.mkdtemp(prefix="itpn-checkpoint-", dir=self.config.local_dir))
+
+    # Writing
+
+    def begin(
+        self, step: int, files: dict[str, dict[str, Tensor]], header: dict[str, Any], metrics: Path | None
+    ) -> None:
+        """Start to write a snapshot; at most one is under way, so a second one waits for the first."""
+        assert self._upload is None, "finish() the checkpoint under way first"
+        self._header = {"step": step, **header}
+        self._upload = self._pool.submit(self._write, step, files, metrics)
+        if not self.config.background:
+            self._wait(self._upload)
+
+    @property
+    def in_flight(self) -> bool:
+        return self._upload is not None
+
+    def uploaded(self) -> bool:
+        """Whether this rank's files of the checkpoint under way are stored (or failed to be)."""
+        return self._upload is not None and self._upload.done()
+
+    def failed(self) -> bool:
+        """Whether this rank could not write its files, or rank 0 its manifest."""
+        pending = (self._upload, self._commit)
+        return any(f is not None and f.done() and f.exception() is not None for f in pending)
+
+    def finish(self) -> None:
+        """*Collective.* Wait for this rank's upload, then commit. Raises on all ranks when one of them failed."""
+        if self._upload is None:
+            return
+        began = time.monotonic()
+        self._wait(self._upload)
+        error = self._upload.exception()
+        mine = error or self._upload.result()
+        parts = distributed.gather_objects(mine)
+        self._upload = None
+        for rank, part in enumerate(parts):
+            if isinstance(part, BaseException):
+                raise _write_failed(self._header["step"], rank, part)
+        infos = [info for part in parts for info in part]
+        self.segments = [*self.segments, *(i.model_dump() for i in infos if i.path.startswith("metrics/"))]
+        if self.world.rank == 0:
+            self._settle_commit()
+            manifest = self._manifest(infos)
+            self._commit = self._pool.submit(self._store, manifest)
+            if not self.config.background:
+                self._settle_commit()
+        self.stalled_s += time.monotonic() - began
+
+    def drain(self) -> None:
+        """*Collective.* Finish what is under way and wait until its manifest is stored."""
+        self.finish()
+        began = time.monotonic()
+        distributed.on_rank_zero(self._settle_commit)
+        self.stalled_s += time.monotonic() - began
+
+    def close(self) -> None:
+        """Stop the thread and remove local files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        shutil.rmtree(self._local, ignore_errors=True)
+
+    def _write(self, step: int, files: dict[str, dict[str, Tensor]], metrics: Path | None) -> list[FileInfo]:
+        folder = self._local / f"{step:09d}"
+        infos = []
+        try:
+            for path in state.write_files(files, folder):
+                relative = f"checkpoints/files/{step:09d}-{self.attempt}/{path.name}"
+                infos.append(self._put(path, relative))
+            if metrics is not None:
+                infos.append(self._put(metrics, f"metrics/{step:09d}-{self.attempt}.jsonl"))
+                metrics.unlink(missing_ok=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return infos
+
+    def _put(self, path: Path, relative: str) -> FileInfo:
+        size, sha256 = storage.upload_file(path, storage.join(self.out, relative))
+        return FileInfo(path=relative, bytes=size, sha256=sha256)
+
+    def _manifest(self, infos: list[FileInfo]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            **self._header,
+            "world_size": self.world.world_size,
+            "attempt": self.attempt,
+            "identity": self.identity,
+            "files": [info.model_dump() for info in infos if info.path.startswith("checkpoints/")],
+            "metrics": self.segments,
+            "created_at": time.time(),
+        }
+
+    def _store(self, manifest: dict[str, Any]) -> None:
+        storage.write_json_exclusive(self._uri(manifest["step"]), manifest)
+        self._forget_old(manifest["step"])
+
+    def _forget_old(self, newest: int) -> None:
+        """Delete what retention does not keep; the manifest goes first, so that no half is ever listed."""
+        steps = [step for step in self.steps() if step <= newest]
+        every = self.config.keep_every_steps
+        for step in steps[: -self.config.keep_last]:
+            if every and step % every == 0:
+                continue
+            manifest = storage.read_json(self._uri(step))
+            storage.delete(self._uri(step))
+            for info in manifest["files"]:
+                storage.delete(storage.join(self.out, info["path"]))
+
+    def _settle_commit(self) -> None:
+        if self._commit is not None:
+            commit, self._commit = self._commit, None
+            error = commit.exception()
+            if error is not None:
+                raise _write_failed(self._header["step"], 0, error)
+
+    def _wait(self, future: Future[Any]) -> None:
+        began = time.monotonic()
+        future.exception()
+        self.stalled_s += time.monotonic() - began
+
+    # Reading
+
+    def steps(self) -> list[int]:
+        """Steps of all committed checkpoints, oldest first."""
+        names = (
+            info.uri.rsplit("/", 1)[1] for info in storage.list_files(storage.join(self.out, "checkpoints"))
+        )
+        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return sorted({int(name) for name in found if len(name) == 9 and name.isdigit()})
+
+    def restore_newest(
+        self, load: Callable[[dict[str, Any], Callable[[str], Path]], None]
+    ) -> dict[str, Any] | None:
+        """*Collective.* Load the newest checkpoint that can be read in full, and return its manifest.
+
+        `load(manifest, open_file)` fills this rank's state. A checkpoint that turns out damaged on any rank is
+        passed over for the one before, on all of them. None when there is none at all. Raises DriftError when
+        the newest belongs to another config.
+        """
+        steps = distributed.on_rank_zero(self.steps)
+        damage: list[str] = []
+        for step in reversed(steps):
+            manifest = distributed.on_rank_zero(partial(self.read, step))
+            self._refuse_drift(manifest)
+            error: DataInvalid | None = None
+            with tempfile.TemporaryDirectory(prefix="itpn-restore-", dir=self.config.local_dir) as folder:
+                try:
+                    load(manifest, self._opener(manifest, Path(folder)))
+                except DataInvalid as found:
+                    error = found
+            bad = [text for text in distributed.gather_objects(str(error) if error else None) if text]
+            if not bad:
+                return manifest
+            log.warning("checkpoint %d cannot be used, trying the one before: %s", step, bad[0])
+            damage += bad
+        if damage:
+            raise DataInvalid(
+                "no checkpoint of this run can be read",
+                found=damage[0],
+                remedy=f"restore the files under {storage.join(self.out, 'checkpoints')}, or start a new version",
+            )
+        return None
+
+    def read(self, step: int) -> dict[str, Any]:
+        """The manifest of one committed step."""
+        return storage.read_json(self._uri(step))
+
+    def _opener(self, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:
+        infos = {info["path"].rsplit("/", 1)[1]: info for info in manifest["files"]}
+
+        def open_file(name: str) -> Path:
+            local = folder / name
+            if not local.exists():
+                info = infos.get(name)
+                if info is None:
+                    raise DataInvalid(f"checkpoint {manifest['step']} lists no file '{name}'")
+                storage.download_file(
+                    storage.join(self.out, info["path"]), local, sha256=info["sha256"], bytes=info["bytes"]
+                )
+            return local
+
+        return open_file
+
+    def open_in(self, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:
+        """A function that downloads, verifies and gives files of a checkpoint by name, below `folder`."""
+        return self._opener(manifest, folder)
+
+    def _refuse_drift(self, manifest: dict[str, Any]) -> None:
+        if manifest["identity"] != self.identity:
+            changed = _differences(manifest["identity"], self.identity)
+            raise DriftError(
+                f"{self.out} holds checkpoints of another config",
+                expected="; ".join(f"{key} = {old!r}" for key, old, _ in changed),
+                found="; ".join(f"{key} = {new!r}" for key, _, new in changed),
+                remedy="undo the change, or give the step a new version",
+            )
+
+    def _uri(self, step: int) -> str:
+        return storage.join(self.out, "checkpoints", f"{step:09d}.json")
+
+
+def _write_failed(step: int, rank: int, error: BaseException) -> BaseException:
+    if isinstance(error, OSError):
+        return StepFailed(
+            f"rank {rank} could not write the checkpoint of step {step}",
+            found=f"{type(error).__name__}: {error}",
+            remedy="free some disk space, or set checkpoint.local_dir; the last committed checkpoint is intact",
+        )
+    return error
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [
+            d for k in keys for d in _differences(old.get(k), new.get(k), f"{prefix}.{k}" if prefix else k)
+        ]
+    return [] if old == new else [(prefix, old, new)]

@@ -1,0 +1,80 @@
+"""What a bad step is, and when to roll back or stop. Pure bookkeeping over numbers that all ranks share.
+
+Every decision is taken from all-reduced values, so that all ranks take the same one.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.errors import TrainingDiverged
+from stages.train.config import GuardConfig
+
+Verdict = Literal["good", "bad", "roll back"]
+
+
+@dataclass
+class Guard:
+    """Watches losses and gradients of one run.
+
+    `judge_loss` is asked before the optimiser step, `judge_step` after it.
+    """
+
+    config: GuardConfig
+    bad_in_row: int = 0
+    rollbacks: int = 0
+    recent: deque[float] = field(default_factory=deque)  # losses of the last good steps
+
+    def judge_loss(self, loss: float, bad_ranks: int) -> str | None:
+        """Why this step must not be applied, from the mean loss and the number of ranks whose loss is not finite."""
+        if bad_ranks or not math.isfinite(loss):
+            return f"loss not finite on {max(bad_ranks, 1)} rank(s)"
+        if self.config.spike_factor and len(self.recent) >= self.config.spike_window:
+            median = statistics.median(self.recent)
+            if loss > self.config.spike_factor * median:
+                return (
+                    f"loss {loss:.4g} is over {self.config.spike_factor:g} x the recent median {median:.4g}"
+                )
+        return None
+
+    def judge_step(self, loss: float, reason: str | None, *, step: int, has_checkpoint: bool) -> Verdict:
+        """Count a step; `reason` is None for one that was applied.
+
+        Raises TrainingDiverged when it is time to roll back but the limit is reached or there is nothing to go
+        back to.
+        """
+        if reason is None:
+            self.bad_in_row = 0
+            self.recent.append(loss)
+            if len(self.recent) > self.config.spike_window:
+                self.recent.popleft()
+            return "good"
+        self.bad_in_row += 1
+        if self.bad_in_row < self.config.max_bad_steps:
+            return "bad"
+        if self.rollbacks >= self.config.max_rollbacks or not has_checkpoint:
+            back = f"{self.rollbacks} roll-backs" if has_checkpoint else "no checkpoint to go back to"
+            raise TrainingDiverged(
+                f"training diverged at step {step}",
+                expected=f"fewer than {self.config.max_bad_steps} bad steps in a row",
+                found=f"{self.bad_in_row}, after {back}; the last: {reason}",
+                remedy="lower optimiser.lr, lengthen the warm-up, set engine.clip_grad, or try precision fp32; "
+                "the events are in the metrics file",
+            )
+        self.rollbacks += 1
+        self.bad_in_row = 0
+        self.recent.clear()
+        return "roll back"
+
+    def state(self) -> dict[str, Any]:
+        """JSON-ready, for checkpoints."""
+        return {"bad_in_row": self.bad_in_row, "rollbacks": self.rollbacks, "recent": list(self.recent)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self.bad_in_row, self.rollbacks = state["bad_in_row"], state["rollbacks"]
+        self.recent = deque(state["recent"])

@@ -1,0 +1,401 @@
+"""The training loop, one for pre-training and fine-tuning: a task turns a batch into losses, all else is here.
+
+A step is one global batch. `step` counts batches consumed, applied or not: it is the cursor in the data and the
+position in the schedule, and it only goes up, also over a roll-back (which skips the data it came from).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cluster import distributed, storage
+from cluster.distributed import World
+from cluster.errors import ConfigError, Stopped, TrainingDiverged
+from stages.train import state
+from stages.train.checkpoint import Checkpoints
+from stages.train.config import LoopConfig
+from stages.train.engine import Engine
+from stages.train.guards import Guard
+from stages.train.metrics import Clock, LiveView, MetricsWriter, TensorBoardSink, peak_memory_bytes
+from stages.train.optim import parameter_groups
+from stages.train.schedule import Schedule, make_schedule
+
+log = logging.getLogger(__name__)
+
+
+class Batch(Protocol):
+    """A rank's part of one global batch (`stages.data.feed.Batch`)."""
+
+    images: Tensor  # uint8 (B, H, W, 3)
+    labels: Tensor  # int64 (B,)
+    sample_ids: Tensor  # int64 (B,)
+    epoch: int
+    step: int
+    replaced: int
+
+
+class Feed(Protocol):
+    """Yields one Batch per global step, from the cursor it was made with."""
+
+    wait_s: float
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Task(Protocol):
+    """What is trained: a module and its losses."""
+
+    module: nn.Module  # fp32, on the CPU, equal on all ranks
+
+    def losses(self, model: Callable[..., Any], batch: Any, step: int) -> dict[str, Tensor]:
+        """Scalars of one micro-batch: `loss` (fp32, with gradient) and one per head. `model` runs the module."""
+        ...
+
+    def picture(self, model: Callable[..., Any], batch: Any) -> Any | None:
+        """An image (uint8 HWC array) that shows what the model does with `batch`, or None."""
+        ...
+
+
+MakeFeed = Callable[[tuple[int, int], int], Feed]  # (epoch, step in it), number of steps to give
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """One run: build it and call `train`. All ranks do the same.
+
+    Args:
+        task, config: what and how.
+        make_feed: opens the data at a cursor.
+        steps_per_epoch: of the sample order.
+        out, attempt: where state is kept (see stages/train/checkpoint.py), and the id of this try.
+        identity: identity of the whole stage config, for drift; `data_fingerprint`, `code_version` as well must
+            be equal on all ranks.
+        layer_of, layers: for layer decay (stages/train/optim.py).
+    """
+
+    task: Task
+    config: LoopConfig
+    world: World
+    make_feed: MakeFeed
+    steps_per_epoch: int
+    out: str
+    attempt: str
+    identity: dict[str, Any]
+    data_fingerprint: str
+    code_version: str = "unknown"
+    layer_of: Callable[[str], int] | None = None
+    layers: int = 0
+    step: int = 0
+    replaced: int = 0
+    notes: list[str] = field(default_factory=list)
+    _have_checkpoint: bool = False
+    _heads: list[str] = field(default_factory=list)
+
+    def train(self) -> dict[str, Any]:
+        """Train from the newest checkpoint, or the start, to the end of the schedule; returns a JSON-ready summary.
+
+        Raises Stopped after a requested stop (the state is saved), TrainingDiverged when the guard gives up.
+        """
+        world, config = self.world, self.config
+        for name, value in (
+            ("the code version", self.code_version),
+            ("the config", storage.sha256_bytes(storage.canonical_json(self.identity))),
+            ("the data", self.data_fingerprint),
+        ):
+            distributed.assert_same_on_all_ranks(name, value)
+        if config.global_batch % world.world_size:
+            raise ConfigError(
+                f"global_batch {config.global_batch} cannot be split evenly",
+                expected="a multiple of the number of ranks",
+                found=f"{world.world_size} ranks",
+                remedy="change the number of ranks; the batch is part of the run's identity",
+            )
+        self.schedule: Schedule = make_schedule(config.schedule, config.optimiser.lr, self.steps_per_epoch)
+        self.guard = Guard(config.guard)
+        with ExitStack() as stack:
+            stack.enter_context(distributed.StopOnSignal())
+            shapes = {n: p.shape for n, p in self.task.module.named_parameters() if p.requires_grad}
+            self.engine = Engine.build(
+                self.task.module,
+                parameter_groups(
+                    self.task.module, config.optimiser, layer_of=self.layer_of, layers=self.layers
+                ),
+                config=config.engine,
+                optimiser=config.optimiser,
+                world=world,
+                rank_batch=config.global_batch // world.world_size,
+                ema_decay=config.ema_decay,
+            )
+            stack.callback(self.engine.close)
+            self.checkpoints = Checkpoints(self.out, self.attempt, world, config.checkpoint, self.identity)
+            stack.callback(self.checkpoints.close)
+            self._seed_generators()
+            self._resume()
+            self.writer = MetricsWriter(config.checkpoint.local_dir) if world.rank == 0 else None
+            if self.writer:
+                stack.callback(self.writer.close)
+            self.sink: TensorBoardSink | None = None
+            if world.rank == 0 and config.watch.tensorboard_dir:
+                self.sink = TensorBoardSink(config.watch.tensorboard_dir)
+                stack.callback(self.sink.close)
+            self.view = (
+                LiveView(self.out, total=self.schedule.total_steps, start=self.step)
+                if world.rank == 0
+                else None
+            )
+            if self.view:
+                stack.callback(self.view.close)
+            began, first = time.monotonic(), self.step
+            if self.step < self.schedule.total_steps:
+                self._steps()
+            seconds = time.monotonic() - began
+            return {
+                "step": self.step,
+                "optimiser_steps": self.engine.optimiser_steps(),
+                "rollbacks": self.guard.rollbacks,
+                "replaced": self.replaced,
+                "notes": self.notes,
+                "metrics": self.checkpoints.segments,
+                "images_per_s": (self.step - first) * config.global_batch / seconds
+                if self.step > first
+                else 0.0,
+                "seconds": seconds,
+                "stalled_s": self.checkpoints.stalled_s,
+                "shapes": {name: list(shape) for name, shape in shapes.items()},
+            }
+
+    def _steps(self) -> None:
+        feed = self.make_feed(divmod(self.step, self.steps_per_epoch), self.schedule.total_steps - self.step)
+        clock, self._saved_at = Clock(), time.monotonic()
+        try:
+            for batch in feed:
+                stop = self._one_step(batch, feed, clock)
+                if stop:
+                    raise Stopped(
+                        f"training stopped on request after step {self.step} of {self.schedule.total_steps}",
+                        remedy="run it again: it goes on from there",
+                    )
+        except TrainingDiverged:
+            if self.writer:  # the events must outlive the run
+                name = f"{self.step:09d}-{self.attempt}-diverged.jsonl"
+                storage.upload_file(self.writer.cut(), storage.join(self.out, "metrics", name))
+            raise
+        finally:
+            feed.close()
+        self.checkpoints.drain()
+
+    def _one_step(self, batch: Any, feed: Feed, clock: Clock) -> bool:
+        """Take one step and what belongs to its end; returns whether all ranks agreed to stop."""
+        engine, lr = self.engine, self.schedule.lr(self.step)
+        sums: dict[str, Tensor] = {}
+        pieces = _split(batch, engine.accumulation)
+        for index, piece in enumerate(pieces):
+            losses = self.task.losses(engine.model, piece, self.step)
+            engine.backward(losses["loss"])
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(pieces)
+            if index < len(pieces) - 1:
+                engine.micro_step_done()
+        facts, means = self._agree(sums, batch)
+        reason = self.guard.judge_loss(means["loss"], int(facts["bad_ranks"]))
+        result = engine.step(lr, skip=reason is not None)
+        if reason is None and not result.applied and not result.overflow:
+            reason = "gradient not finite"
+        self.step += 1
+        self.replaced += int(facts["replaced"])
+        if result.overflow:
+            self._event("fp16 overflow: loss scale lowered", loss_scale=engine.scalars().get("cur_scale"))
+        else:
+            self._judge(means["loss"], reason)
+        took, wait_share = clock.lap(feed.wait_s)
+        self._report(lr, means, result.grad_norm, result.applied, took, wait_share)
+        every = self.config.watch.picture_every_steps
+        if every and self.step % every == 0:
+            self._picture(batch)
+        stop = facts["stop"] > 0
+        self._save_if_due(stop, facts)
+        return stop and self.step < self.schedule.total_steps
+
+    def _agree(self, sums: dict[str, Tensor], batch: Any) -> tuple[dict[str, float], dict[str, float]]:
+        """One small all-reduce per step: mean losses, and everything the ranks must decide alike."""
+        self._heads = self._heads or sorted(sums)
+        minutes = self.config.checkpoint.save_every_minutes
+        mine = {
+            "bad_ranks": float(not bool(torch.isfinite(sums["loss"]))),
+            "stop": float(distributed.stop_requested()),
+            "save": float(bool(minutes) and time.monotonic() - self._saved_at > 60 * (minutes or 0)),
+            "uploaded": float(self.checkpoints.uploaded()),
+            "failed": float(self.checkpoints.failed()),
+            "replaced": float(batch.replaced),
+        }
+        head = torch.tensor(list(mine.values()), dtype=torch.float64, device=self.world.device)
+        losses = torch.stack([sums[name].to(head) for name in self._heads])
+        total = distributed.all_reduce_sum(torch.cat([head, losses])).tolist()
+        facts = dict(zip(mine, total, strict=False))
+        means = [value / self.world.world_size for value in total[len(mine) :]]
+        return facts, dict(zip(self._heads, means, strict=True))
+
+    def _judge(self, loss: float, reason: str | None) -> None:
+        if reason is not None:
+            self._event("step not applied", reason=reason)
+        verdict = self.guard.judge_step(loss, reason, step=self.step, has_checkpoint=self._have_checkpoint)
+        if verdict == "roll back":
+            self.checkpoints.drain()
+            manifest = self.checkpoints.restore_newest(self._load_weights)
+            assert manifest is not None, "a checkpoint was committed"
+            note = (
+                f"rolled back to the weights of step {manifest['step']}; data up to step {self.step} skipped"
+            )
+            self._event("rolled back", to=manifest["step"], reason=reason)
+            self.notes.append(note)
+            log.warning("%s (%s)", note, reason)
+
+    def _save_if_due(self, stop: bool, facts: dict[str, float]) -> None:
+        points, config = self.checkpoints, self.config.checkpoint
+        if facts["failed"] or (points.in_flight and facts["uploaded"] == self.world.world_size):
+            points.drain() if facts["failed"] else points.finish()
+        every = config.save_every_steps or self.steps_per_epoch
+        last = self.step == self.schedule.total_steps
+        if not (stop or last or facts["save"] or self.step % every == 0):
+            return
+        points.finish()
+        began = time.monotonic()
+        files = state.snapshot(self.engine)
+        header = {
+            "epoch": self.step // self.steps_per_epoch,
+            "step_in_epoch": self.step % self.steps_per_epoch,
+            "zero_stage": self.config.engine.zero_stage,
+            "code_version": self.code_version,
+            "scalars": self.engine.scalars(),
+            "guard": self.guard.state(),
+            "replaced": self.replaced,
+            "notes": list(self.notes),
+        }
+        segment = self.writer.cut() if self.writer else None
+        points.begin(self.step, files, header, segment)
+        points.stalled_s += time.monotonic() - began
+        self._have_checkpoint = True
+        self._saved_at = time.monotonic()
+        if stop or last:
+            points.drain()
+
+    def _resume(self) -> None:
+        manifest = self.checkpoints.restore_newest(self._load_all)
+        if manifest is None:
+            return
+        self.step, self._have_checkpoint = manifest["step"], True
+        self.guard.load(manifest["guard"])
+        self.replaced, self.notes = manifest["replaced"], list(manifest["notes"])
+        self.checkpoints.segments = list(manifest["metrics"])
+        log.info("resuming at step %d", self.step)
+
+    def _load_all(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
+        names = [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]
+        if not state.restore(self.engine, names, open_file, manifest["scalars"]):
+            self._seed_generators(manifest["step"])
+
+    def _load_weights(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
+        names = [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]
+        state.restore(self.engine, names, open_file, manifest["scalars"])
+        # Other random numbers than those that led here.
+        self._seed_generators(self.step)
+
+    def _seed_generators(self, step: int = 0) -> None:
+        seed = int.from_bytes(
+            bytes.fromhex(storage.sha256_bytes(f"{self.config.seed}/{self.world.rank}/{step}".encode())[:8]),
+            "big",
+        )
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+
+    def _report(
+        self,
+        lr: float,
+        means: dict[str, float],
+        grad_norm: float,
+        applied: bool,
+        took: float,
+        wait_share: float,
+    ) -> None:
+        if self.writer is None or self.view is None:
+            return
+        images_per_s = self.config.global_batch / took
+        values = {
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "images_per_s": images_per_s,
+            "data_wait_share": wait_share,
+        }
+        last = self.step == self.schedule.total_steps
+        if last or self.step % self.config.watch.log_every_steps == 0:
+            memory = peak_memory_bytes(self.world.device)
+            epoch = (self.step - 1) // self.steps_per_epoch
+            self.writer.write(
+                {
+                    "step": self.step,
+                    "epoch": epoch,
+                    **means,
+                    **values,
+                    "memory_bytes": memory,
+                    "applied": applied,
+                }
+            )
+            if self.sink:
+                self.sink.scalars(self.step, means | values)
+        self.view.update(
+            self.step,
+            state="done" if last else "running",
+            images_per_s=images_per_s,
+            data_wait_share=wait_share,
+            epoch=self.step / self.steps_per_epoch,
+            **means,
+        )
+
+    def _event(self, event: str, **facts: Any) -> None:
+        if self.writer:
+            self.writer.write({"event": event, "step": self.step, **facts})
+
+    def _picture(self, batch: Any) -> None:
+        image = self.task.picture(self.engine.model, batch)  # on all ranks: ZeRO-3 gathers weights on the way
+        if image is None or self.world.rank != 0:
+            return
+        from PIL import Image
+
+        name = f"{self.step:09d}-{self.attempt}.png"
+        with tempfile.TemporaryDirectory(prefix="itpn-", dir=self.config.checkpoint.local_dir) as folder:
+            Image.fromarray(image).save(Path(folder) / name)
+            storage.upload_file(Path(folder) / name, storage.join(self.out, "pictures", name))
+        if self.sink:
+            self.sink.image(self.step, "picture", image)
+
+
+def _split(batch: Any, pieces: int) -> list[Any]:
+    """The batch in equal consecutive parts (views)."""
+    if pieces == 1:
+        return [batch]
+    size = len(batch.images) // pieces
+    return [
+        dataclasses.replace(
+            batch,
+            images=batch.images[i * size : (i + 1) * size],
+            labels=batch.labels[i * size : (i + 1) * size],
+            sample_ids=batch.sample_ids[i * size : (i + 1) * size],
+        )
+        for i in range(pieces)
+    ]
