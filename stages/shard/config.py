@@ -21,9 +21,11 @@ class ShardConfig(Config):
     source: str = not_identity()  # path or URI of an ImageFolder tree, or of a tar or zip of one
     splits: tuple[str, ...] = ("train", "val")  # top-level folders; without any, all images are of the first
     seed: int = 0  # of the global permutation that assigns images to shards
-    shard_samples: int = Field(1000, ge=1)  # at most this many images per shard …
-    shard_bytes: int | None = Field(None, ge=2**16)  # … or, when set, about this many bytes instead
+    shard_samples: int = Field(default=1000, ge=1)  # at most this many images per shard …
+    shard_bytes: int | None = Field(default=None, ge=2**16)  # … or, when set, about this many bytes instead
     verify: Literal["header", "decode"] = "header"  # what is checked of every image
-    max_bad_fraction: float = Field(0.001, ge=0, le=1)  # more broken images than this: the source is invalid
-    max_file_bytes: int = Field(MAX_FILE_BYTES, ge=1)
-    max_pixels: int = Field(MAX_PIXELS, ge=1)
+    max_bad_fraction: float = Field(
+        default=0.001, ge=0, le=1
+    )  # more broken images than this: the source is invalid
+    max_file_bytes: int = Field(default=MAX_FILE_BYTES, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)

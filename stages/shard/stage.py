@@ -191,9 +191,8 @@ def _publish(
             index=stored,
             shards=shards,
         )
-        files += [
-            FileInfo(path=item.path, bytes=item.bytes, sha256=item.sha256) for item in [*shards, stored]
-        ]
+        stored_files: list[Shard | IndexFile] = [*shards, stored]
+        files += [FileInfo(path=file.path, bytes=file.bytes, sha256=file.sha256) for file in stored_files]
     skipped = [Skipped(**item) for shard in planned for item in parts[shard.name]["skipped"]]
     classes = [ClassInfo(index=i, wnid=wnid, name=wnid) for i, wnid in enumerate(index.classes)]
     manifest = Manifest(

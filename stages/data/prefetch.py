@@ -1,0 +1,163 @@
+"""Call a function on a sequence of arguments ahead of need, in order, in a thread or in processes."""
+
+from __future__ import annotations
+
+import pickle
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cluster.errors import StepFailed
+
+_AHEAD = 2  # results that wait, per thread or process
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error of the function, handed over as a value so that it arrives whole."""
+
+    error: Exception
+
+
+class Results:
+    """An iterator over results that can be closed."""
+
+    def __init__(self, results: Iterator[Any], close: Callable[[], None]) -> None:
+        self._results, self._close = results, close
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._closed:
+            raise StopIteration
+        return next(self._results)
+
+    def close(self) -> None:
+        """Stop working ahead and let go of threads and processes."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+
+def prefetch(
+    function: Callable[[Any], Any], arguments: Iterator[Any], *, workers: int, pin_memory: bool = False
+) -> Results:
+    """Results of `function` in the order of `arguments`; an exception becomes a `Failure` and ends them.
+
+    With `workers=0` one thread runs two results ahead. With more, `function` is pickled to that many
+    spawned processes, which run one torch thread each and hand tensors over in shared memory; one that
+    dies (killed for memory, say) makes `next` raise StepFailed.
+    """
+    if workers == 0:
+        return _in_thread(function, arguments, pin_memory)
+    return _in_processes(function, arguments, workers, pin_memory)
+
+
+def _in_thread(function: Callable[[Any], Any], arguments: Iterator[Any], pin_memory: bool) -> Results:
+    done: queue.Queue[Any] = queue.Queue(_AHEAD)
+    stop = threading.Event()
+    end = object()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                done.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for argument in arguments:
+                result = function(argument)
+                if not put(result.pin_memory() if pin_memory else result):
+                    return
+            put(end)
+        except Exception as error:
+            put(Failure(error))
+
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+
+    def results() -> Iterator[Any]:
+        while (item := done.get()) is not end:
+            yield item
+
+    def close() -> None:
+        stop.set()
+        thread.join()
+
+    return Results(results(), close)
+
+
+class _Calls(Dataset):
+    """`function` as a map-style data set, so that the DataLoader's sampler carries the arguments."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self._function = function
+
+    def __getitem__(self, argument: Any) -> Any:
+        try:
+            return self._function(argument)
+        except Exception as error:
+            return Failure(_portable(error))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself if it survives pickling; one that does not would be lost in the queue."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return StepFailed(f"a data loader process failed: {type(error).__name__}: {error}")
+    return error
+
+
+def _one_thread(worker: int) -> None:
+    del worker
+    torch.set_num_threads(1)
+
+
+def _in_processes(
+    function: Callable[[Any], Any], arguments: Iterator[Any], workers: int, pin_memory: bool
+) -> Results:
+    loader = DataLoader(
+        _Calls(function),
+        sampler=arguments,  # any iterable serves; it is read lazily
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_AHEAD,
+        multiprocessing_context="spawn",  # object-store clients do not survive a fork
+        worker_init_fn=_one_thread,
+        pin_memory=pin_memory,
+    )
+    iterator = iter(loader)
+
+    def results() -> Iterator[Any]:
+        try:
+            yield from iterator
+        except (RuntimeError, OSError, EOFError) as error:
+            # Errors of `function` come as values; what is raised here is the DataLoader's own watch over its
+            # processes, or a broken socket where a dead one still had a tensor to hand over.
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise StepFailed(
+                "a data loader process died",
+                found=f"{type(error).__name__}: {error}",
+                remedy="most often it was killed for memory: lower loader_workers, or give the job more; "
+                "'bus error' means that /dev/shm is too small",
+            ) from error
+
+    def close() -> None:
+        shutdown = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    return Results(results(), close)
