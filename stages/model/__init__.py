@@ -1,7 +1,15 @@
 """The model room: backbones, pyramid, masked feature modelling, teachers, import and export."""
 
 from stages.model.backbone import build_backbone
-from stages.model.config import BackboneConfig, ObjectiveConfig, TeacherConfig, backbone_config, sizes
+from stages.model.config import (
+    BackboneConfig,
+    GatheringConfig,
+    MigrationConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    backbone_config,
+    sizes,
+)
 from stages.model.heads import Classifier
 from stages.model.io import LoadReport, load, load_backbone_into, load_into, save_model
 from stages.model.layer_decay import decays, layer_id, lr_scale, num_layers
@@ -11,6 +19,8 @@ from stages.model.teacher import Teacher, check_grids, load_teacher
 
 __all__ = [
     "BackboneConfig",
+    "MigrationConfig",
+    "GatheringConfig",
     "ObjectiveConfig",
     "TeacherConfig",
     "sizes",

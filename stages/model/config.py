@@ -22,6 +22,34 @@ def check_input_size(height: int, width: int, *, error: type[Exception] = Config
             raise error(f"image size {side} is no multiple of 16; valid sizes near it: {valid}")
 
 
+class MigrationConfig(Config):
+    """Token migration: after `after_block` blocks of the main stage (null: a third of them) only a share
+    `keep` of the tokens goes on; the others rejoin after the last block. `score` says which are redundant."""
+
+    after_block: int | None = Field(default=None, ge=1)
+    keep: float = Field(default=0.5, gt=0, le=1)
+    score: Literal["similarity", "norm", "random"] = "similarity"
+
+    def block(self, depth: int) -> int:
+        """Blocks that every token passes, of a main stage with `depth` blocks."""
+        return max(1, depth // 3) if self.after_block is None else self.after_block
+
+
+class GatheringConfig(Config):
+    """Token gathering: attention in `window`×`window` windows, and `tokens` gathering tokens that see them all.
+
+    `blocks` lists the main-stage blocks (from 0) that use windows; the others attend globally.
+    """
+
+    window: int = Field(default=14, ge=1)
+    tokens: int = Field(default=8, ge=0)
+    blocks: Literal["all"] | tuple[int, ...] = "all"
+
+    def windowed_blocks(self, depth: int) -> set[int]:
+        """Indices of the blocks that use windows."""
+        return set(range(depth)) if self.blocks == "all" else set(self.blocks)
+
+
 class BackboneConfig(Config):
     """A hierarchical backbone: C-MLP stages at 1/4 and 1/8 of the input, attention blocks at 1/16.
 
@@ -42,6 +70,8 @@ class BackboneConfig(Config):
     init_values: float | None = Field(default=0.1, description="initial layer scale; null builds none")
     norm_eps: float = Field(default=1e-6, gt=0)
     stop_grad_stem: bool = False  # the stem gets a tenth of its gradient (EVA-02)
+    migration: MigrationConfig | None = None
+    gathering: GatheringConfig | None = None
     activation_checkpointing: bool = not_identity(False)
 
     @field_validator("img_size")
@@ -58,6 +88,21 @@ class BackboneConfig(Config):
             )
         if min(self.depths[:2]) < 0 or self.depths[2] < 1:
             raise ValueError(f"depths {self.depths}: stages 1 and 2 need at least 0 blocks, the main stage 1")
+        depth, grid = self.depths[2], self.grid
+        if self.migration is not None and self.migration.block(depth) >= depth:
+            raise ValueError(
+                f"migration.after_block {self.migration.block(depth)}: the main stage has {depth} blocks, "
+                f"so valid values are 1 to {depth - 1}"
+            )
+        if self.gathering is not None:
+            if self.gathering.window > grid:
+                raise ValueError(
+                    f"gathering.window {self.gathering.window} is larger than the {grid}×{grid} grid of a "
+                    f"{self.img_size} pixel input; valid values are 1 to {grid}"
+                )
+            wrong = self.gathering.windowed_blocks(depth) - set(range(depth))
+            if wrong:
+                raise ValueError(f"gathering.blocks {sorted(wrong)}: valid indices are 0 to {depth - 1}")
         return self
 
     @property

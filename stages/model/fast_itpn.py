@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.model.acceleration import Windows, attend, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.layers import (
     BiasedLinear,
@@ -101,11 +102,10 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
+    def forward(self, x_BNC: Tensor, windows: Windows | None = None) -> Tensor:
         q, k, v = self.q_proj(x_BNC, self.q_bias), self.k_proj(x_BNC), self.v_proj(x_BNC, self.v_bias)
-        # (B, heads, N, D)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (q, k, v))  # (B, N, heads, D)
+        return self.proj(attend(q, k, v, windows))
 
 
 class SwiGLU(nn.Module):
@@ -137,8 +137,8 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale else None
         self.drop_path = drop_path
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        y = self.attn(self.norm1(x_BNC))
+    def forward(self, x_BNC: Tensor, windows: Windows | None = None) -> Tensor:
+        y = self.attn(self.norm1(x_BNC), windows)
         x_BNC = add_residual(x_BNC, y, self.gamma_1, self.drop_path, self.training)
         y = self.mlp(self.norm2(x_BNC))
         return add_residual(x_BNC, y, self.gamma_2, self.drop_path, self.training)
@@ -164,7 +164,11 @@ class FastITPN(nn.Module):
                 *(Block(config, rate) for rate in rates),
             ]
         )
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        gathering = config.gathering.tokens if config.gathering else 0
+        self.gather_embed = nn.Parameter(torch.zeros(1, gathering, C)) if gathering else None
+        for embedding in (self.pos_embed, self.gather_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
         self.apply(init_weights)
 
     @property
@@ -199,7 +203,8 @@ class FastITPN(nn.Module):
 
         Returns:
             `level4` (B, C/4, H/4, W/4), `level8` (B, C/2, H/8, W/8), `level16` (B, C, H/16, W/16), and
-            `tokens` (B, N, C), the same numbers as `level16` in raster order.
+            `tokens` (B, N, C), the same numbers as `level16` in raster order. With migration also `migrated`
+            (B, N), bool, True where a token left.
 
         Raises:
             ConfigError: a side is no multiple of 16.
@@ -218,14 +223,21 @@ class FastITPN(nn.Module):
             x = run_block(block, x, recompute=recompute)
         grid = (H // 16, W // 16)
         x = x.flatten(1, 2) + resize_grid(self.pos_embed, grid)
-        for index, block in enumerate(self.blocks[depth1 + depth2 + 2 :]):
-            x = run_block(block, x, recompute=recompute)
-            if index == tap:
-                out["tap"] = x
-        out["tokens"] = x
-        out["level16"] = x.transpose(1, 2).unflatten(2, grid)
+
+        def call(block: nn.Module, x_BNC: Tensor, windows: Windows | None, codes: Tensor) -> Tensor:
+            return run_block(block, x_BNC, windows, recompute=recompute)
+
+        main = self.blocks[depth1 + depth2 + 2 :]
+        out |= run_main_stage(x, main, grid, self.config, self.gather_embed, call, tap, self.training)
+        out["level16"] = out["tokens"].transpose(1, 2).unflatten(2, grid)
         return out
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Tokens (B, N, C) of the main stage."""
-        return self.forward_features(image_BCHW)["tokens"]
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        mask_BN: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        tap: int | None = None,
+    ) -> dict[str, Tensor]:
+        """`forward_features`."""
+        return self.forward_features(image_BCHW, mask_BN, mask_token, tap)

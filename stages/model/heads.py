@@ -37,11 +37,11 @@ class _Head(nn.Module):
         return {"kind": "classifier", "backbone": config.identity(), "num_classes": self.num_classes}
 
 
-class FastITPNClassifier(_Head, FastITPN):
+class FastITPNClassifier(_Head, FastITPN):  # type: ignore[misc]  # forward gives logits
     """Fast-iTPN with a classification head; keys as in `fast_itpn_*_patch16_*`."""
 
 
-class ITPNClassifier(_Head, ITPN):
+class ITPNClassifier(_Head, ITPN):  # type: ignore[misc]
     """iTPN with a classification head."""
 
 

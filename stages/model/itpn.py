@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.model.acceleration import Windows, attend, position_codes, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.layers import StemConv, add_residual, drop_path_rates, init_weights, resize_grid, run_block
 from stages.model.pyramid import Mlp
@@ -54,13 +55,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BNC: Tensor, grid: tuple[int, int], index_NN: Tensor) -> Tensor:
-        B, N, _ = x_BNC.shape
-        q, k, v = self.qkv(x_BNC).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, N, D)
+    def forward(
+        self, x_BNC: Tensor, grid: tuple[int, int], codes: Tensor, windows: Windows | None = None
+    ) -> Tensor:
+        q, k, v = self.qkv(x_BNC).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, N, heads, D)
         table = resize_bias_table(self.relative_position_bias_table, grid)
-        bias = table[index_NN.flatten()].view(N, N, -1).permute(2, 0, 1).unsqueeze(0).to(q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).flatten(2))
+        centre = (table.shape[0] - 1) // 2  # the row of a token's position relative to itself
+
+        def bias(query_codes: Tensor, key_codes: Tensor) -> Tensor:
+            rows = query_codes.unsqueeze(-1) - key_codes.unsqueeze(-2) + centre
+            return F.embedding(rows, table).permute(0, 3, 1, 2)
+
+        return self.proj(attend(q, k, v, windows, codes, bias))
 
 
 class Block(nn.Module):
@@ -78,10 +84,14 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale else None
 
     def forward(
-        self, x: Tensor, grid: tuple[int, int] | None = None, index_NN: Tensor | None = None
+        self,
+        x: Tensor,
+        grid: tuple[int, int] | None = None,
+        codes: Tensor | None = None,
+        windows: Windows | None = None,
     ) -> Tensor:
         if self.attn is not None and self.norm1 is not None:
-            y = self.attn(self.norm1(x), grid, index_NN)
+            y = self.attn(self.norm1(x), grid, codes, windows)
             x = add_residual(x, y, self.gamma_1, self.drop_path, self.training)
         return add_residual(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path, self.training)
 
@@ -98,7 +108,7 @@ class ITPN(nn.Module):
         depth1, depth2, _ = config.depths
         rates = iter(drop_path_rates(config.drop_path, sum(config.depths)))
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, config.grid**2, C))
-        # Kept in the state because published checkpoints hold it.
+        # Not needed here, but published checkpoints hold it.
         self.register_buffer("relative_position_index", relative_index((config.grid, config.grid)))
         self.patch_embed = Stem(C // 4, eps)
         self.blocks = nn.ModuleList(
@@ -110,7 +120,11 @@ class ITPN(nn.Module):
                 *(Block(config, C, rate, main=True, eps=eps) for rate in rates),
             ]
         )
-        nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        gathering = config.gathering.tokens if config.gathering else 0
+        self.gather_embed = nn.Parameter(torch.zeros(1, gathering, C)) if gathering else None
+        for embedding in (self.absolute_pos_embed, self.gather_embed):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=0.02)
         self.apply(init_weights)
 
     @property
@@ -124,15 +138,11 @@ class ITPN(nn.Module):
 
     def run_blocks(self, blocks: Iterable[nn.Module], x_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens through further main-stage blocks, all tokens with global attention."""
-        index, recompute = self._index(grid), self.config.activation_checkpointing and self.training
+        codes = position_codes(grid, x_BNC.device)
+        recompute = self.config.activation_checkpointing and self.training
         for block in blocks:
-            x_BNC = run_block(block, x_BNC, grid, index, recompute=recompute)
+            x_BNC = run_block(block, x_BNC, grid, codes, recompute=recompute)
         return x_BNC
-
-    def _index(self, grid: tuple[int, int]) -> Tensor:
-        if grid == (self.config.grid, self.config.grid):
-            return self.relative_position_index
-        return relative_index(grid).to(self.relative_position_index.device)
 
     def forward_features(
         self,
@@ -159,28 +169,30 @@ class ITPN(nn.Module):
         if mask_BN is not None and mask_token is not None:
             x = torch.where(mask_BN.bool().unsqueeze(-1), mask_token.to(x.dtype), x)
         x = x + resize_grid(self.absolute_pos_embed, grid)
-        pairs = self._index(grid)
-        for index, block in enumerate(self.blocks[depth1 + depth2 + 2 :]):
-            x = run_block(block, x, grid, pairs, recompute=recompute)
-            if index == tap:
-                out["tap"] = x
-        out["tokens"] = x
-        out["level16"] = x.transpose(1, 2).unflatten(2, grid)
+
+        def call(block: nn.Module, x_BNC: Tensor, windows: Windows | None, codes: Tensor) -> Tensor:
+            return run_block(block, x_BNC, grid, codes, windows, recompute=recompute)
+
+        main = self.blocks[depth1 + depth2 + 2 :]
+        out |= run_main_stage(x, main, grid, self.config, self.gather_embed, call, tap, self.training)
+        out["level16"] = out["tokens"].transpose(1, 2).unflatten(2, grid)
         return out
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """Tokens (B, N, C) of the main stage."""
-        return self.forward_features(image_BCHW)["tokens"]
+    def forward(
+        self,
+        image_BCHW: Tensor,
+        mask_BN: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        tap: int | None = None,
+    ) -> dict[str, Tensor]:
+        """`forward_features`."""
+        return self.forward_features(image_BCHW, mask_BN, mask_token, tap)
 
 
 def relative_index(grid: tuple[int, int]) -> Tensor:
     """Row of the bias table for each pair of tokens of an h×w grid: int64 (N, N)."""
-    h, w = grid
-    rows, columns = torch.arange(h), torch.arange(w)
-    row_N, column_N = rows.repeat_interleave(w), columns.repeat(h)
-    down = row_N[:, None] - row_N[None, :] + h - 1
-    right = column_N[:, None] - column_N[None, :] + w - 1
-    return down * (2 * w - 1) + right
+    codes = position_codes(grid, torch.get_default_device())
+    return codes.view(-1, 1) - codes + ((2 * grid[0] - 1) * (2 * grid[1] - 1) - 1) // 2
 
 
 def resize_bias_table(table: Tensor, grid: tuple[int, int]) -> Tensor:

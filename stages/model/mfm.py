@@ -65,7 +65,8 @@ class MaskedFeatureModel(nn.Module):
     def predict(self, image_BCHW: Tensor, mask_BN: Tensor | None) -> dict[str, Tensor]:
         """Each head's prediction (B, N, teacher_dim): `pyramid` or `level16|8|4`, and `auxiliary`."""
         mask_token = None if mask_BN is None else self.mask_token
-        features = self.backbone.forward_features(image_BCHW, mask_BN, mask_token, tap=self.tap)
+        # Called as a module, not by method: DeepSpeed's ZeRO-3 gathers parameters on that call.
+        features = self.backbone(image_BCHW, mask_BN, mask_token, tap=self.tap)
         maps = self.pyramid(features)
         levels = [
             patch_tokens(embed(maps[name]), PATCH_SIDE[name])
@@ -99,7 +100,7 @@ class MaskedFeatureModel(nn.Module):
 
     def forward_features(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         """The backbone's levels, and the pyramid's as `pyramid16|8|4` (B, fpn_dim, H, W), without a mask."""
-        features = self.backbone.forward_features(image_BCHW)
+        features = self.backbone(image_BCHW)
         maps = self.pyramid(features)
         return features | {f"pyramid{name[5:]}": x.permute(0, 3, 1, 2) for name, x in maps.items()}
 

@@ -1,0 +1,272 @@
+"""Token migration and token gathering: the main stage with fewer tokens and smaller attention.
+
+The Fast-iTPN paper names both and publishes neither; what follows is our design
+(docs/decisions/migration-and-gathering.md). Both are off by default and share one main-stage loop:
+
+- *Gathering*: tokens are put in window order; a windowed block lets each window attend to itself and to a
+  few gathering tokens, which attend to everything. Gathering tokens ride at the end of the sequence.
+- *Migration*: after some blocks the most redundant tokens leave. They wait, and rejoin the others at their
+  raster positions after the last block. With windows, every window gives up its own share.
+
+All shapes follow from the config and the grid, so the stage compiles. Legend: B batch, N all tokens, K kept
+tokens, G gathering tokens, C width, D head width, S tokens of a window, W windows of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cluster.errors import ConfigError
+from stages.model.config import BackboneConfig, MigrationConfig
+
+# (block, tokens, windows or None for global attention, position codes) -> tokens
+BlockCall = Callable[[nn.Module, Tensor, "Windows | None", Tensor], Tensor]
+# (query codes, key codes) -> additive bias (batch, heads, queries, keys); codes are (batch, tokens)
+BiasCall = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a sequence in window order falls into windows.
+
+    `groups` lists (windows, tokens of each) for runs of equal windows: a grid that the window does not divide
+    has smaller windows at its far edges. They are exact: the padding that would make them equal would be
+    masked out of every attention, so it is never computed. `gathering` tokens follow at the end.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    gathering: int
+
+    def keep(self, share: float) -> Windows:
+        """The same windows after each has kept a share of its tokens, at least one."""
+        return Windows(tuple((count, kept(size, share)) for count, size in self.groups), self.gathering)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in windows, gathering tokens not counted."""
+        return sum(count * size for count, size in self.groups)
+
+
+def kept(tokens: int, share: float) -> int:
+    """How many of `tokens` stay when a share is kept: rounded, at least one."""
+    return max(1, round(tokens * share))
+
+
+def window_order(grid: tuple[int, int], window: int) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
+    """Raster index of each token in window order, int64 (N,), and the groups of equal windows.
+
+    Windows of equal token count stand side by side, the largest first, else in raster order.
+
+    Raises:
+        ConfigError: the window is larger than the grid.
+    """
+    h, w = grid
+    if window > min(h, w):
+        raise ConfigError(
+            f"gathering.window {window} is larger than the {h}×{w} grid of a {16 * h}×{16 * w} input",
+            expected=f"at most {min(h, w)}",
+            found=window,
+            remedy=f"gathering.window={min(h, w)}, or an input of at least {16 * window}×{16 * window}",
+        )
+    raster = torch.arange(h * w).view(h, w)
+    blocks = [
+        raster[i : i + window, j : j + window] for i in range(0, h, window) for j in range(0, w, window)
+    ]
+    blocks.sort(key=lambda block: -block.numel())  # stable: equal sizes stay in raster order
+    counts: dict[int, int] = {}
+    for block in blocks:
+        counts[block.numel()] = counts.get(block.numel(), 0) + 1
+    groups = tuple((count, size) for size, count in counts.items())
+    return torch.cat([block.flatten() for block in blocks]), groups
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Windows | None,
+    codes: Tensor | None = None,
+    bias: BiasCall | None = None,
+) -> Tensor:
+    """Attention of projected tokens (B, K+G, heads, D) → (B, K+G, heads·D).
+
+    Args:
+        windows: None for global attention over the whole sequence.
+        codes: position codes (batch or 1, K), handed to `bias` for relative position biases. Pairs with a
+            gathering token have none.
+    """
+    if windows is None:
+        mask = None
+        if bias is not None and codes is not None:
+            extra = q.shape[1] - codes.shape[1]
+            mask = F.pad(bias(codes, codes), (0, extra, 0, extra))
+        return _sdpa(q, k, v, mask)
+    G, end = windows.gathering, windows.tokens
+    B, _, heads, D = q.shape
+    outputs, start = [], 0
+    for count, size in windows.groups:
+        stop = start + count * size
+        # (B, W, S, heads, D); each window's keys are its own tokens and all gathering tokens.
+        parts = [t[:, start:stop].reshape(B, count, size, heads, D) for t in (q, k, v)]
+        if G:
+            for i, t in ((1, k), (2, v)):
+                shared = t[:, end:].unsqueeze(1).expand(B, count, G, heads, D)
+                parts[i] = torch.cat([parts[i], shared], dim=2)
+        mask = None
+        if bias is not None and codes is not None:
+            local = codes[:, start:stop].reshape(-1, size)  # (batch·W, S)
+            mask = F.pad(bias(local, local), (0, G))
+            if codes.shape[0] != B:
+                mask = mask.repeat(B, 1, 1, 1)
+        q_w, k_w, v_w = (t.flatten(0, 1) for t in parts)
+        out = _sdpa(q_w, k_w, v_w, mask)
+        outputs.append(out.view(B, count * size, heads * D))
+        start = stop
+    if G:
+        outputs.append(_sdpa(q[:, end:], k, v, None))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    mask = None if mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def run_main_stage(
+    x_BNC: Tensor,
+    blocks: Iterable[nn.Module],
+    grid: tuple[int, int],
+    config: BackboneConfig,
+    gather_embed: Tensor | None,
+    call: BlockCall,
+    tap: int | None,
+    training: bool,
+) -> dict[str, Tensor]:
+    """The main stage on tokens in raster order.
+
+    Returns:
+        `tokens` (B, N, C) in raster order with the migrated ones back in place; `tap`, the same after block
+        `tap`, if asked for; `migrated` (B, N) bool in raster order, if migration took place.
+    """
+    gathering, migration = config.gathering, config.migration
+    order: Tensor | None = None
+    windows: Windows | None = None
+    codes = position_codes(grid, x_BNC.device)  # (1, N)
+    windowed: set[int] = set()
+    if gathering is not None:
+        windowed = gathering.windowed_blocks(config.depths[2])
+        if min(grid) == max(grid) == gathering.window and not gathering.tokens:
+            windowed = set()  # one window that sees everything is global attention
+        order_N, groups = window_order(grid, gathering.window)
+        if windowed:
+            order, windows = order_N.to(x_BNC.device), Windows(groups, gathering.tokens)
+            x_BNC, codes = x_BNC.index_select(1, order), codes.index_select(1, order)
+        if gather_embed is not None:
+            # Each starts as the mean of its share of the tokens, so that it carries content at once.
+            means = F.adaptive_avg_pool1d(x_BNC.transpose(1, 2), gathering.tokens).transpose(1, 2)
+            x_BNC = torch.cat([x_BNC, means + gather_embed.to(x_BNC.dtype)], dim=1)
+    leaves_after = None if migration is None else migration.block(config.depths[2])
+    waiting: tuple[Tensor, Tensor] | None = None
+    out: dict[str, Tensor] = {}
+    x = x_BNC
+    for index, block in enumerate(blocks):
+        x = call(block, x, windows if index in windowed else None, codes)
+        if index == tap:
+            out["tap"] = _rejoin(x, waiting, order, grid)
+        if migration is not None and index + 1 == leaves_after and migration.keep < 1:
+            N = grid[0] * grid[1]
+            stay_BK, windows = choose(x[:, :N], codes, windows, grid, migration, training=training)
+            waiting = (x[:, :N], stay_BK)
+            stays = x.gather(1, stay_BK.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+            x = torch.cat([stays, x[:, N:]], dim=1) if x.shape[1] > N else stays
+            codes = codes.expand(x.shape[0], -1).gather(1, stay_BK)
+    out["tokens"] = _rejoin(x, waiting, order, grid)
+    if waiting is not None:
+        left = torch.ones(waiting[0].shape[:2], dtype=torch.bool, device=x.device).scatter(
+            1, waiting[1], False
+        )
+        out["migrated"] = left if order is None else left.index_select(1, order.argsort())
+    return out
+
+
+def _rejoin(
+    x: Tensor, waiting: tuple[Tensor, Tensor] | None, order: Tensor | None, grid: tuple[int, int]
+) -> Tensor:
+    """All tokens in raster order: those that went through, and those that left, as they were when they did."""
+    if waiting is not None:
+        left_BNC, stay_BK = waiting
+        index = stay_BK.unsqueeze(-1).expand(-1, -1, x.shape[2])
+        x = left_BNC.scatter(1, index, x[:, : stay_BK.shape[1]])
+    else:
+        x = x[:, : grid[0] * grid[1]]
+    return x if order is None else x.index_select(1, order.argsort())
+
+
+def position_codes(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """row·(2w−1) + column of each token, (1, N): the difference of two codes names their relative position."""
+    h, w = grid
+    rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
+    return (rows[:, None] * (2 * w - 1) + columns[None, :]).view(1, h * w)
+
+
+def choose(
+    x_BNC: Tensor,
+    codes: Tensor,
+    windows: Windows | None,
+    grid: tuple[int, int],
+    migration: MigrationConfig,
+    *,
+    training: bool,
+) -> tuple[Tensor, Windows | None]:
+    """Indices (B, K) of the tokens that stay, ascending within each window, and the windows they then form."""
+    groups = ((1, x_BNC.shape[1]),) if windows is None else windows.groups
+    rank = coarse_rank(codes, grid)
+    stay, start = [], 0
+    for count, size in groups:
+        stop, keep = start + count * size, kept(size, migration.keep)
+        x = x_BNC[:, start:stop].detach().unflatten(1, (count, size))
+        score = redundancy(x, rank[:, start:stop].unflatten(1, (count, size)), migration.score, training)
+        index = score.topk(keep, dim=-1, largest=False, sorted=False).indices.sort(-1).values
+        base = start + size * torch.arange(count, device=x.device).view(1, count, 1)
+        stay.append((index + base).flatten(1))
+        start = stop
+    return torch.cat(stay, dim=1), None if windows is None else windows.keep(migration.keep)
+
+
+def redundancy(x_BWSC: Tensor, rank_BWS: Tensor, score: str, training: bool) -> Tensor:
+    """How dispensable each token is within its window, (B, W, S); the highest leave.
+
+    - `similarity`: the largest cosine similarity, of features minus their mean, to a token of lower rank. As
+      only lower ranks count, one token of every group of equals always stays.
+    - `norm`: minus the feature norm.
+    - `random`: at random while training, else a fixed scatter of the positions.
+    """
+    if score == "norm":
+        return -x_BWSC.float().norm(dim=-1)
+    if score == "random":
+        if training:
+            return torch.rand(x_BWSC.shape[:3], device=x_BWSC.device)
+        scatter = torch.frac(torch.sin(rank_BWS.float() * 12.9898) * 43758.5453).abs()
+        return scatter.expand(x_BWSC.shape[0], -1, -1)
+    x = F.normalize(x_BWSC - x_BWSC.mean(2, keepdim=True), dim=-1)
+    similarity = x @ x.transpose(-1, -2)  # (B, W, S, S)
+    later = rank_BWS.unsqueeze(-1) <= rank_BWS.unsqueeze(-2)
+    return similarity.masked_fill(later, -2.0).amax(-1).float()
+
+
+def coarse_rank(codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Rank of each token's position, coarse to fine: multiples of 32 in both directions first, then of 16, …
+
+    The first ranks are spread evenly over the image; a finer position must differ from the coarser ones to
+    count as worth keeping.
+    """
+    row = codes // (2 * grid[1] - 1)
+    both = row | (codes % (2 * grid[1] - 1))
+    finer = sum(((both & (2**bits - 1)) != 0).long() for bits in range(1, 6))
+    return finer * (grid[0] * (2 * grid[1] - 1)) + codes

@@ -1,0 +1,236 @@
+"""Token migration and gathering: identities, positions, static shapes, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cluster.errors import ConfigError
+from stages.model import (
+    BackboneConfig,
+    Classifier,
+    GatheringConfig,
+    MaskedFeatureModel,
+    MigrationConfig,
+    ObjectiveConfig,
+    backbone_config,
+    build_backbone,
+)
+from stages.model.acceleration import (
+    Windows,
+    attend,
+    coarse_rank,
+    position_codes,
+    redundancy,
+    run_main_stage,
+    window_order,
+)
+
+FAMILIES = ["fast_itpn", "itpn"]
+
+
+def config(family="fast_itpn", **more):
+    return BackboneConfig(
+        **({"family": family, "img_size": 96, "embed_dim": 64, "depths": (1, 1, 5), "num_heads": 4} | more)
+    )
+
+
+def pair(family, **more):
+    """The plain backbone, and one with the same weights and other settings."""
+    torch.manual_seed(0)
+    plain = build_backbone(config(family)).eval()
+    for name, value in plain.named_parameters():  # strong layer scale and biases, so that attention matters
+        if "gamma" in name or "bias_table" in name:
+            torch.nn.init.normal_(value, std=0.5)
+    other = build_backbone(config(family, **more)).eval()
+    other.load_state_dict(plain.state_dict(), strict=False)
+    return plain, other
+
+
+IMAGE = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"migration": MigrationConfig(keep=1, after_block=2)},
+        {"gathering": GatheringConfig(window=6, tokens=0)},
+        {"migration": MigrationConfig(keep=1), "gathering": GatheringConfig(window=6, tokens=0)},
+        {"gathering": GatheringConfig(window=3, tokens=0, blocks=())},
+    ],
+    ids=["keep=1", "one full window", "both", "no windowed block"],
+)
+@torch.no_grad()
+def test_neutral_settings_equal_the_baseline_exactly(family, more):
+    plain, other = pair(family, **more)
+    expected, found = plain(IMAGE), other(IMAGE)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gathering", [None, GatheringConfig(window=4, tokens=2)])
+@pytest.mark.parametrize("score", ["similarity", "norm", "random"])
+@torch.no_grad()
+def test_migrated_tokens_stand_at_their_raster_positions_as_they_left(family, gathering, score):
+    migration = MigrationConfig(after_block=2, keep=0.5, score=score)
+    _, full = pair(family, gathering=gathering)
+    _, model = pair(family, gathering=gathering, migration=migration)
+    model.load_state_dict(full.state_dict())
+    reference = full(IMAGE, tap=1)["tap"]  # after two blocks, raster order
+    out = model(IMAGE)
+    migrated = out["migrated"]
+    assert torch.equal(out["tokens"][migrated], reference[migrated])
+    assert not torch.isclose(out["tokens"][~migrated], reference[~migrated]).all(-1).any()
+    assert migrated.sum(1).tolist() == [18, 18]  # half of 36, also of windows with 16, 8, 8 and 4
+    assert torch.equal(out["level16"].flatten(2).transpose(1, 2), out["tokens"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_kept_tokens_attend_among_themselves_only(family):
+    """The stage after migration equals the same blocks run on the kept tokens alone."""
+    _, model = pair(family, migration=MigrationConfig(after_block=2, keep=0.5))
+    before = model(IMAGE, tap=1)["tap"]
+    out = model(IMAGE)
+    stay = (~out["migrated"]).nonzero()[:, 1].view(2, -1)
+    x = before.gather(1, stay.unsqueeze(-1).expand(-1, -1, 64))
+    codes = position_codes((6, 6), x.device).expand(2, -1).gather(1, stay)
+    for block in model.blocks[-3:]:
+        x = block(x) if family == "fast_itpn" else block(x, (6, 6), codes)
+    expected = before.scatter(1, stay.unsqueeze(-1).expand(-1, -1, 64), x)
+    torch.testing.assert_close(out["tokens"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "window"), [((6, 6), 3), ((6, 6), 4), ((5, 7), 3), ((40, 40), 14)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_windows_equal_masked_global_attention(grid, window, biased):
+    """Ragged windows give what padding to equal windows and masking the padding would give."""
+    order, groups = window_order(grid, window)
+    N, G = grid[0] * grid[1], 3
+    q, k, v = torch.randn(3, 2, N + G, 2, 8, dtype=torch.float64)
+    table = torch.randn((2 * grid[0] - 1) * (2 * grid[1] - 1), 2, dtype=torch.float64)
+    centre = (table.shape[0] - 1) // 2
+
+    def bias(a, b):
+        return table[a.unsqueeze(-1) - b.unsqueeze(-2) + centre].permute(0, 3, 1, 2)
+
+    codes = position_codes(grid, q.device)[:, order] if biased else None
+    found = attend(q, k, v, Windows(groups, G), codes, bias if biased else None)
+
+    row, column = order // grid[1] // window, order % grid[1] // window
+    home = torch.cat([row * 100 + column, torch.full((G,), -1)])
+    seen = (home[:, None] == home[None]) | (home[:, None] < 0) | (home[None] < 0)
+    mask = torch.zeros(1, 2, N + G, N + G, dtype=torch.float64)
+    if biased:
+        mask[:, :, :N, :N] = bias(codes, codes)
+    mask = mask.masked_fill(~seen, -torch.inf)
+    expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(2))
+    assert sorted(order.tolist()) == list(range(N))
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.75])
+def test_similarity_keeps_one_token_of_every_group_of_equals(keep):
+    generator = torch.Generator().manual_seed(3)
+    kinds = round(36 * keep)
+    kind = torch.cat([torch.arange(kinds), torch.randint(kinds, (36 - kinds,), generator=generator)])
+    kind = kind[torch.randperm(36, generator=generator)]
+    x = torch.randn(kinds, 64, generator=generator)[kind].view(1, 1, 36, 64)
+    rank = coarse_rank(position_codes((6, 6), x.device), (6, 6)).unsqueeze(1)
+    stay = redundancy(x, rank, "similarity", False).topk(kinds, largest=False).indices.flatten()
+    assert sorted(kind[stay].tolist()) == list(range(kinds))
+
+
+def test_random_score_repeats_in_evaluation_and_varies_in_training():
+    _, model = pair("fast_itpn", migration=MigrationConfig(score="random"))
+    assert torch.equal(model(IMAGE)["migrated"], model(IMAGE)["migrated"])
+    model.train()
+    assert not torch.equal(model(IMAGE)["migrated"], model(IMAGE)["migrated"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_pretraining_with_both_gives_every_parameter_a_gradient(family, checkpointing):
+    both = {"migration": MigrationConfig(keep=0.5), "gathering": GatheringConfig(window=4, tokens=2)}
+    model = MaskedFeatureModel(
+        config(family, drop_path=0.1, activation_checkpointing=checkpointing, **both),
+        ObjectiveConfig(fpn_dim=32, levels="per_level"),
+        24,
+    ).train()
+    mask = torch.zeros(2, 36, dtype=torch.bool)
+    mask[:, :14] = True
+    losses = model(IMAGE, mask, torch.randn(2, 36, 24))
+    assert set(losses) == {"loss", "loss_level16", "loss_level8", "loss_level4", "loss_auxiliary"}
+    losses["loss"].backward()
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()
+    ] == []
+
+
+def test_classifier_runs_at_another_size_than_it_was_built_for():
+    both = {"migration": MigrationConfig(), "gathering": GatheringConfig(window=4, tokens=2)}
+    model = Classifier(config(**both), 5).eval()
+    assert model(torch.randn(1, 3, 128, 160)).shape == (1, 5)
+    with pytest.raises(ConfigError, match=r"gathering.window 4 is larger than the 3×8 grid"):
+        model(torch.randn(1, 3, 48, 128))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"migration": {"keep": 0}}, "migration.keep"),
+        ({"migration": {"keep": 1.5}}, "less than or equal to 1"),
+        ({"migration": {"after_block": 6}}, "valid values are 1 to 5"),
+        ({"gathering": {"window": 7}}, "larger than the 6×6 grid.*valid values are 1 to 6"),
+        ({"gathering": {"window": 3, "blocks": [5, 9]}}, "valid indices are 0 to 5"),
+        ({"migration": {"score": "best"}}, "'similarity', 'norm' or 'random'"),
+        ({"gathering": {"windows": 3}}, "did you mean 'window'"),
+    ],
+)
+def test_settings_that_cannot_work_say_what_would(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        backbone_config("fast_itpn_micro", **settings)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_bf16_stays_near_fp32(family):
+    """Stated bound: a relative error of 2 % of the tokens' norm, dense and with windows."""
+    for more in ({}, {"gathering": GatheringConfig(window=4, tokens=2)}):
+        _, model = pair(family, **more)
+        expected = model(IMAGE)["tokens"]
+        found = model.to(torch.bfloat16)(IMAGE.to(torch.bfloat16))["tokens"].float()
+        error = ((found - expected).norm() / expected.norm()).item()
+        assert error < 0.02, f"{family} {more}: {error:.4f}"
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend):
+    both = {"migration": MigrationConfig(), "gathering": GatheringConfig(window=4, tokens=2)}
+    for more in [both] if backend == "aot_eager" else [{}, both]:
+        model = Classifier(config(depths=(1, 1, 3), **more), 5, head_init_scale=1.0)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        expected, found = model(IMAGE), compiled(IMAGE)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        grads = [
+            torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (found, expected)
+        ]
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        torch._dynamo.reset()
+
+
+def test_main_stage_needs_no_image():
+    """`run_main_stage` is a plain function of tokens: what the blocks get has static shapes."""
+    lengths = []
+
+    def call(block, x, windows, codes):
+        lengths.append((x.shape[1], windows.groups if windows else None, codes.shape[1]))
+        return x
+
+    settings = config(migration=MigrationConfig(after_block=2), gathering=GatheringConfig(window=4, tokens=2))
+    embed = torch.zeros(1, 2, 64)
+    run_main_stage(torch.randn(1, 36, 64), [None] * 4, (6, 6), settings, embed, call, None, False)
+    whole, half = ((1, 16), (2, 8), (1, 4)), ((1, 8), (2, 4), (1, 2))
+    assert lengths == [(38, whole, 36)] * 2 + [(20, half, 18)] * 2
