@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 600.0
 _stop = threading.Event()
+_ours = False  # whether `init` made the process group (Ray Train makes and removes its own)
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,23 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
         index = 0 if seen == 1 else local_rank
         if index >= seen:
             raise ConfigError(
-                f"rank {rank} has no GPU", expected=f"more than {index} visible", found=f"{seen}",
+                f"rank {rank} has no GPU",
+                expected=f"more than {index} visible",
+                found=f"{seen}",
                 remedy="start as many ranks per machine as it has GPUs",
             )
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
+    global _ours
     if not dist.is_initialized():
+        _ours = True
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         if world_size == 1:
             os.environ.setdefault("MASTER_PORT", str(free_port()))
         elif "MASTER_PORT" not in os.environ:
             raise ConfigError(
-                "MASTER_PORT is not set, but WORLD_SIZE is", remedy="start the ranks with torchrun, or through Ray"
+                "MASTER_PORT is not set, but WORLD_SIZE is",
+                remedy="start the ranks with torchrun, or through Ray",
             )
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -82,11 +88,13 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one, so that this process can join another."""
+    """Leave the process group that `init` made, so that this process can join another."""
     import torch.distributed as dist
 
-    if dist.is_available() and dist.is_initialized():
+    global _ours
+    if _ours and dist.is_initialized():
         dist.destroy_process_group()
+    _ours = False
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -199,7 +207,8 @@ def _integer(name: str, default: int | None) -> int:
     if text is None:
         if default is None:
             raise ConfigError(
-                f"{name} is not set, but WORLD_SIZE is", remedy="start the ranks with torchrun, or through Ray"
+                f"{name} is not set, but WORLD_SIZE is",
+                remedy="start the ranks with torchrun, or through Ray",
             )
         return default
     try:

@@ -152,7 +152,7 @@ class Checkpoints:
         }
 
     def _store(self, manifest: dict[str, Any]) -> None:
-        storage.write_json_exclusive(self._uri(manifest["step"]), manifest)
+        storage.write_json_exclusive(manifest_uri(self.out, manifest["step"]), manifest)
         self._forget_old(manifest["step"])
 
     def _forget_old(self, newest: int) -> None:
@@ -162,8 +162,8 @@ class Checkpoints:
         for step in steps[: -self.config.keep_last]:
             if every and step % every == 0:
                 continue
-            manifest = storage.read_json(self._uri(step))
-            storage.delete(self._uri(step))
+            manifest = storage.read_json(manifest_uri(self.out, step))
+            storage.delete(manifest_uri(self.out, step))
             for info in manifest["files"]:
                 storage.delete(storage.join(self.out, info["path"]))
 
@@ -206,7 +206,7 @@ class Checkpoints:
             error: DataInvalid | None = None
             with tempfile.TemporaryDirectory(prefix="itpn-restore-", dir=self.config.local_dir) as folder:
                 try:
-                    load(manifest, self._opener(manifest, Path(folder)))
+                    load(manifest, opener(self.out, manifest, Path(folder)))
                 except DataInvalid as found:
                     error = found
             bad = [text for text in distributed.gather_objects(str(error) if error else None) if text]
@@ -224,27 +224,7 @@ class Checkpoints:
 
     def read(self, step: int) -> dict[str, Any]:
         """The manifest of one committed step."""
-        return storage.read_json(self._uri(step))
-
-    def _opener(self, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:
-        infos = {info["path"].rsplit("/", 1)[1]: info for info in manifest["files"]}
-
-        def open_file(name: str) -> Path:
-            local = folder / name
-            if not local.exists():
-                info = infos.get(name)
-                if info is None:
-                    raise DataInvalid(f"checkpoint {manifest['step']} lists no file '{name}'")
-                storage.download_file(
-                    storage.join(self.out, info["path"]), local, sha256=info["sha256"], bytes=info["bytes"]
-                )
-            return local
-
-        return open_file
-
-    def open_in(self, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:
-        """A function that downloads, verifies and gives files of a checkpoint by name, below `folder`."""
-        return self._opener(manifest, folder)
+        return storage.read_json(manifest_uri(self.out, step))
 
     def _refuse_drift(self, manifest: dict[str, Any]) -> None:
         if manifest["identity"] != self.identity:
@@ -256,8 +236,27 @@ class Checkpoints:
                 remedy="undo the change, or give the step a new version",
             )
 
-    def _uri(self, step: int) -> str:
-        return storage.join(self.out, "checkpoints", f"{step:09d}.json")
+
+def manifest_uri(out: str, step: int) -> str:
+    """Where the manifest of one step lies."""
+    return storage.join(out, "checkpoints", f"{step:09d}.json")
+
+
+def opener(out: str, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:
+    """A function that downloads a checkpoint's file by name into the local `folder`, verified, and gives its path."""
+    infos = {info["path"].rsplit("/", 1)[1]: info for info in manifest["files"]}
+
+    def open_file(name: str) -> Path:
+        local = folder / name
+        if not local.exists():
+            info = infos.get(name)
+            if info is None:
+                raise DataInvalid(f"checkpoint {manifest['step']} lists no file '{name}'")
+            uri = storage.join(out, info["path"])
+            storage.download_file(uri, local, sha256=info["sha256"], bytes=info["bytes"])
+        return local
+
+    return open_file
 
 
 def _write_failed(step: int, rank: int, error: BaseException) -> BaseException:

@@ -6,7 +6,6 @@ position in the schedule, and it only goes up, also over a roll-back (which skip
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import random
 import tempfile
@@ -45,6 +44,9 @@ class Batch(Protocol):
     epoch: int
     step: int
     replaced: int
+    bad: tuple[tuple[int, str, str], ...]  # (sample id, key, reason) of what was replaced
+
+    def split(self, parts: int) -> Iterator[Any]: ...
 
 
 class Feed(Protocol):
@@ -60,7 +62,10 @@ class Feed(Protocol):
 class Task(Protocol):
     """What is trained: a module and its losses."""
 
-    module: nn.Module  # fp32, on the CPU, equal on all ranks
+    @property
+    def module(self) -> nn.Module:
+        """fp32, on the CPU, equal on all ranks."""
+        ...
 
     def losses(self, model: Callable[..., Any], batch: Any, step: int) -> dict[str, Tensor]:
         """Scalars of one micro-batch: `loss` (fp32, with gradient) and one per head. `model` runs the module."""
@@ -71,7 +76,7 @@ class Task(Protocol):
         ...
 
 
-MakeFeed = Callable[[tuple[int, int], int], Feed]  # (epoch, step in it), number of steps to give
+MakeFeed = Callable[[tuple[int, int], int], Feed]  # cursor (epoch, step in it), and the run's last step + 1
 
 
 @dataclass(kw_only=True)
@@ -175,12 +180,23 @@ class Trainer:
                 if self.step > first
                 else 0.0,
                 "seconds": seconds,
+                "loss": self.guard.recent[-1] if self.guard.recent else None,
                 "stalled_s": self.checkpoints.stalled_s,
                 "shapes": {name: list(shape) for name, shape in shapes.items()},
             }
 
+    def summary(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The parts of `train`'s result that a stage's Outcome takes."""
+        notes = list(result["notes"])
+        if result["replaced"]:
+            notes.append(f"{result['replaced']} samples could not be decoded and gave way to others")
+        headline = {"images_per_s": result["images_per_s"], "train_seconds": result["seconds"]}
+        if result["loss"] is not None:
+            headline["train_loss"] = result["loss"]
+        return {"optimiser_steps": result["optimiser_steps"], "notes": notes, "headline": headline}
+
     def _steps(self) -> None:
-        feed = self.make_feed(divmod(self.step, self.steps_per_epoch), self.schedule.total_steps - self.step)
+        feed = self.make_feed(divmod(self.step, self.steps_per_epoch), self.schedule.total_steps)
         clock, self._saved_at = Clock(), time.monotonic()
         try:
             for batch in feed:
@@ -203,13 +219,13 @@ class Trainer:
         """Take one step and what belongs to its end; returns whether all ranks agreed to stop."""
         engine, lr = self.engine, self.schedule.lr(self.step)
         sums: dict[str, Tensor] = {}
-        pieces = _split(batch, engine.accumulation)
-        for index, piece in enumerate(pieces):
+        parts = engine.accumulation
+        for index, piece in enumerate(batch.split(parts)):
             losses = self.task.losses(engine.model, piece, self.step)
             engine.backward(losses["loss"])
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().double() / len(pieces)
-            if index < len(pieces) - 1:
+                sums[name] = sums.get(name, 0.0) + value.detach().double() / parts
+            if index < parts - 1:
                 engine.micro_step_done()
         facts, means = self._agree(sums, batch)
         reason = self.guard.judge_loss(means["loss"], int(facts["bad_ranks"]))
@@ -217,7 +233,10 @@ class Trainer:
         if reason is None and not result.applied and not result.overflow:
             reason = "gradient not finite"
         self.step += 1
-        self.replaced += int(facts["replaced"])
+        if facts["replaced"]:
+            self.replaced += int(facts["replaced"])
+            bad = [entry for part in distributed.gather_objects(batch.bad) for entry in part]
+            self._event("samples replaced", samples=[f"{key}: {why}" for _, key, why in bad])
         if result.overflow:
             self._event("fp16 overflow: loss scale lowered", loss_scale=engine.scalars().get("cur_scale"))
         else:
@@ -383,19 +402,3 @@ class Trainer:
             storage.upload_file(Path(folder) / name, storage.join(self.out, "pictures", name))
         if self.sink:
             self.sink.image(self.step, "picture", image)
-
-
-def _split(batch: Any, pieces: int) -> list[Any]:
-    """The batch in equal consecutive parts (views)."""
-    if pieces == 1:
-        return [batch]
-    size = len(batch.images) // pieces
-    return [
-        dataclasses.replace(
-            batch,
-            images=batch.images[i * size : (i + 1) * size],
-            labels=batch.labels[i * size : (i + 1) * size],
-            sample_ids=batch.sample_ids[i * size : (i + 1) * size],
-        )
-        for i in range(pieces)
-    ]

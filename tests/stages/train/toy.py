@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,23 @@ class Batch:
     epoch: int
     step: int
     replaced: int = 0
+    bad: tuple = ()
+
+    def split(self, parts: int) -> Iterator[Batch]:
+        size = len(self.images) // parts
+        for i in range(parts):
+            cut = slice(i * size, (i + 1) * size)
+            yield replace(self, images=self.images[cut], labels=self.labels[cut], sample_ids=self.sample_ids[cut])
 
 
 class Feed:
     def __init__(self, spec: dict, world: distributed.World, start: tuple[int, int], steps: int) -> None:
         self.spec, self.world, self.wait_s = spec, world, 0.0
-        self.first, self.steps = start[0] * STEPS_PER_EPOCH + start[1], steps
+        self.first, self.end = start[0] * STEPS_PER_EPOCH + start[1], steps
 
     def __iter__(self) -> Iterator[Batch]:
         total, world = self.spec["loop"]["global_batch"], self.world
-        for index in range(self.first, self.first + self.steps):
+        for index in range(self.first, self.end):
             ids = np.arange(index * total, (index + 1) * total)[world.rank :: world.world_size]
             if "samples" in self.spec:
                 with open(f"{self.spec['samples']}-{world.rank}", "a") as file:

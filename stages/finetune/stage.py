@@ -1,0 +1,122 @@
+"""Fine-tune a classifier from pre-trained weights or from scratch, with the loop of pre-training.
+
+Ends with consolidated weights (averaged ones, when EMA is on), the metrics, and a CheckpointRef.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster import distributed
+from cluster.distributed import World
+from cluster.errors import ConfigError
+from stages.artifacts import Artifact, CheckpointRef, DatasetRef, FileInfo, Outcome
+from stages.context import StageContext
+from stages.finetune.config import FinetuneConfig
+from stages.train.launch import as_rank, spec_of
+
+
+def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
+    """Train and return the checkpoint; without the input `init` the weights start from scratch.
+
+    Raises:
+        ConfigError: an input is missing or of another kind, or sizes do not fit.
+        DataInvalid: the initial weights do not fit the backbone.
+        TrainingDiverged: the guard gave up. Stopped: asked to stop; the state is saved.
+    """
+    data, init = inputs.get("data"), inputs.get("init")
+    if not isinstance(data, DatasetRef):
+        raise ConfigError("finetune needs the input 'data'", expected="a data set", found=data and data.kind)
+    if init is not None and not isinstance(init, CheckpointRef):
+        raise ConfigError("the input 'init' is no checkpoint", expected="a checkpoint", found=init.kind)
+    if config.data.view.size != config.backbone.img_size:
+        raise ConfigError(
+            "the data view and the backbone have different image sizes",
+            expected=f"data.view.size = {config.backbone.img_size}",
+            found=config.data.view.size,
+            remedy="set data.view.size, or backbone.img_size",
+        )
+    spec = spec_of(
+        context,
+        config=config.model_dump(mode="json"),
+        data=data.model_dump(),
+        init=init.model_dump() if init else None,
+    )
+    result = context.executor.workers(finetune_rank, spec, context.resources)
+    model = FileInfo(**result["model"])
+    return Outcome(
+        artifact=CheckpointRef(
+            uri=f"{context.out}/{model.path}",
+            sha256=model.sha256,
+            bytes=model.bytes,
+            step=result["optimiser_steps"],
+            task="classify",
+            dataset=data.name,
+            data_fingerprint=data.fingerprint,
+            seed=config.seed,
+            init="pretrained" if init else "scratch",
+            pretrain=init.uri if init else None,
+            teacher_sha256=init.teacher_sha256 if init else None,
+        ),
+        files=[FileInfo(**info) for info in result["files"]],
+        metrics=result["headline"],
+        notes=result["notes"],
+    )
+
+
+def finetune_rank(spec: dict[str, Any]) -> dict[str, Any]:
+    """The work of one rank; `spec` is what `run` made."""
+    config = FinetuneConfig.parse(spec["config"])
+    return as_rank(spec, lambda world: _train(config, spec, world), timeout_s=config.engine.timeout_s)
+
+
+def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:
+    import torch
+
+    from stages.finetune.task import ClassifyTask
+    from stages.model import Classifier, layer_id, load_backbone_into, num_layers
+    from stages.model.files import local_copy, read_state
+    from stages.train.export import export_model
+    from stages.train.feeds import open_training_data
+    from stages.train.loop import Trainer
+
+    dataset, order, make_feed = open_training_data(
+        config, config.data, spec["data"]["manifest"], split=config.split, world=world
+    )
+    torch.manual_seed(config.seed)  # equal initial weights on all ranks
+    module = Classifier(config.backbone, dataset.num_classes, config.head_init_scale)
+    notes = []
+    if spec["init"]:
+        with local_copy(spec["init"]["uri"], sha256=spec["init"]["sha256"]) as path:
+            report = load_backbone_into(module, read_state(path))
+        if report.resized:
+            notes.append(f"resized to {config.backbone.img_size} px: {', '.join(report.resized)}")
+    if config.train == "head":
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
+    depths = config.backbone.depths
+    start = spec["init"] and spec["init"]["sha256"]
+    trainer = Trainer(
+        task=ClassifyTask(config, module, dataset.num_classes, world.device),
+        config=config,
+        world=world,
+        make_feed=make_feed,
+        steps_per_epoch=order.steps_per_epoch,
+        out=spec["out"],
+        attempt=spec["attempt"],
+        identity={**config.identity(), "init_sha256": start, "data": dataset.fingerprint},
+        data_fingerprint=dataset.fingerprint,
+        code_version=spec["code_version"],
+        layer_of=lambda name: layer_id(name, depths),
+        layers=num_layers(depths),
+    )
+    result = trainer.train()
+    result["notes"] = notes + result["notes"]
+
+    def export() -> dict[str, Any]:
+        return export_model(
+            module, module.describe(), result, out=spec["out"], files=spec["files"], ema=config.ema_decay > 0
+        )
+
+    return distributed.on_rank_zero(export) | trainer.summary(result)

@@ -1,0 +1,104 @@
+"""Pre-train a backbone by masked feature modelling against a frozen teacher, on any number of ranks.
+
+Ends with consolidated weights (`model.safetensors`, `config.json`), the metrics, and a CheckpointRef.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster import distributed
+from cluster.distributed import World
+from cluster.errors import ConfigError
+from stages.artifacts import Artifact, CheckpointRef, DatasetRef, FileInfo, Outcome
+from stages.context import StageContext
+from stages.pretrain.config import PretrainConfig
+from stages.train.launch import as_rank, spec_of
+
+
+def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
+    """Train and return the checkpoint.
+
+    Raises:
+        ConfigError: an input is missing, or sizes do not fit (the teacher's grid, batch and ranks).
+        TrainingDiverged: the guard gave up. Stopped: asked to stop; the state is saved.
+    """
+    data = inputs.get("data")
+    if not isinstance(data, DatasetRef):
+        raise ConfigError("pretrain needs the input 'data'", expected="a data set", found=data and data.kind)
+    if config.data.view.size != config.backbone.img_size:
+        raise ConfigError(
+            "the data view and the backbone have different image sizes",
+            expected=f"data.view.size = {config.backbone.img_size}",
+            found=config.data.view.size,
+            remedy="set data.view.size, or backbone.img_size",
+        )
+    spec = spec_of(context, config=config.model_dump(mode="json"), data=data.model_dump())
+    result = context.executor.workers(pretrain_rank, spec, context.resources)
+    model = FileInfo(**result["model"])
+    return Outcome(
+        artifact=CheckpointRef(
+            uri=f"{context.out}/{model.path}",
+            sha256=model.sha256,
+            bytes=model.bytes,
+            step=result["optimiser_steps"],
+            task="pretrain",
+            dataset=data.name,
+            data_fingerprint=data.fingerprint,
+            seed=config.seed,
+            teacher_sha256=result["teacher_sha256"],
+        ),
+        files=[FileInfo(**info) for info in result["files"]],
+        metrics=result["headline"],
+        notes=result["notes"],
+    )
+
+
+def pretrain_rank(spec: dict[str, Any]) -> dict[str, Any]:
+    """The work of one rank; `spec` is what `run` made."""
+    config = PretrainConfig.parse(spec["config"])
+    return as_rank(spec, lambda world: _train(config, spec, world), timeout_s=config.engine.timeout_s)
+
+
+def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:
+    import torch
+
+    from stages.data.order import Order
+    from stages.model import MaskedFeatureModel, check_grids, layer_id, load_teacher, num_layers
+    from stages.pretrain.task import MfmTask
+    from stages.train.export import export_model
+    from stages.train.feeds import open_training_data
+    from stages.train.loop import Trainer
+
+    dataset, order, make_feed = open_training_data(
+        config, config.data, spec["data"]["manifest"], split="train", world=world
+    )
+    assert isinstance(order, Order)
+    teacher = load_teacher(config.teacher, world.device)
+    check_grids(config.backbone, teacher)
+    torch.manual_seed(config.seed)  # equal initial weights on all ranks
+    module = MaskedFeatureModel(config.backbone, config.objective, teacher.dim)
+    depths = config.backbone.depths
+    trainer = Trainer(
+        task=MfmTask(config, module, teacher, world.device),
+        config=config,
+        world=world,
+        make_feed=make_feed,
+        steps_per_epoch=order.steps_per_epoch,
+        out=spec["out"],
+        attempt=spec["attempt"],
+        identity={**config.identity(), "teacher_sha256": teacher.sha256, "data": dataset.fingerprint},
+        data_fingerprint=dataset.fingerprint,
+        code_version=spec["code_version"],
+        layer_of=lambda name: layer_id(name, depths),
+        layers=num_layers(depths),
+    )
+    result = trainer.train()
+
+    def export() -> dict[str, Any]:
+        return export_model(
+            module, module.describe(), result, out=spec["out"], files=spec["files"], ema=config.ema_decay > 0
+        )
+
+    return distributed.on_rank_zero(export) | trainer.summary(result) | {"teacher_sha256": teacher.sha256}

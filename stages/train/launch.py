@@ -1,0 +1,38 @@
+"""What every training and evaluation rank does around its work: threads, process group, one shared result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cluster import distributed
+from cluster.distributed import World
+from stages.context import StageContext
+
+
+def spec_of(context: StageContext, **values: Any) -> dict[str, Any]:
+    """The picklable description of a rank's work: `values` and what ranks need of the context."""
+    return {
+        "out": context.out,
+        "files": context.files,
+        "attempt": context.attempt,
+        "code_version": context.code_version,
+        "cpus": context.resources.cpus,
+        "gpus": context.resources.gpus,
+        **values,
+    }
+
+
+def as_rank(
+    spec: dict[str, Any], body: Callable[[World], dict[str, Any]], *, timeout_s: float = 600.0
+) -> dict[str, Any]:
+    """Join the other ranks, run `body`, leave; every rank returns what rank 0's body returned."""
+    import torch
+
+    # As many threads as CPUs were granted: ranks that share a machine would slow each other down otherwise.
+    torch.set_num_threads(max(1, int(spec["cpus"])))
+    world = distributed.init(timeout_s=timeout_s, use_gpu=True if spec["gpus"] else None)
+    try:
+        return distributed.broadcast_object(body(world))
+    finally:
+        distributed.shutdown()
