@@ -38,12 +38,13 @@ class LocalFiles:
 
     def get(self, path: str, timeout_s: float) -> tuple[bytes, str]:
         """Content and version of a file."""
-        data = Path(path).read_bytes()
+        with _reading(path):
+            data = Path(path).read_bytes()
         return data, sha256_bytes(data)
 
     def get_range(self, path: str, start: int, length: int, timeout_s: float) -> bytes:
         """At most `length` bytes from `start`."""
-        with open(path, "rb") as file:
+        with _reading(path), open(path, "rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -68,7 +69,7 @@ class LocalFiles:
                 raise
         _sync_folder(target.parent)
 
-    def put(self, path: str, data: bytes, timeout_s: float, *, durable: bool = True) -> None:
+    def put(self, path: str, data: bytes, durable: bool = True, *, timeout_s: float) -> None:
         """Write the file, over what is there."""
         target = Path(path)
         with _temporary(target) as temporary:
@@ -92,12 +93,12 @@ class LocalFiles:
                 return False
             if sha256_bytes(current) != version:
                 return False
-            self.put(path, data, timeout_s)
+            self.put(path, data, timeout_s=timeout_s)
             return True
         finally:
             os.close(descriptor)
 
-    def upload(self, source: Path, path: str, timeout_s: float) -> None:
+    def upload(self, path: str, source: Path, timeout_s: float) -> None:
         """Copy the local file `source` to `path`, over what is there."""
         target = Path(path)
         with _temporary(target) as temporary:
@@ -109,23 +110,12 @@ class LocalFiles:
 
     def download(self, path: str, target: Path, timeout_s: float) -> None:
         """Copy the file to `target`."""
-        shutil.copyfile(path, target)
+        with _reading(path):
+            shutil.copyfile(path, target)
 
-    def walk(self, path: str, timeout_s: float) -> Iterator[tuple[str, int, float]]:
+    def find(self, path: str, timeout_s: float) -> list[tuple[str, int, float]]:
         """Path, size and mtime of every file below the folder `path`; nothing without the folder."""
-        try:
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        for entry in entries:
-            if entry.is_dir():
-                yield from self.walk(entry.path, timeout_s)
-            elif not entry.name.startswith(TEMPORARY):
-                try:
-                    found = entry.stat()
-                except FileNotFoundError:
-                    continue  # deleted since the scan, or a dangling link
-                yield entry.path, found.st_size, found.st_mtime
+        return list(_walk(path))
 
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the file, if it is there."""
@@ -140,6 +130,10 @@ class LocalFiles:
         """Whether the same call may succeed a little later."""
         return isinstance(error, OSError) and error.errno in _TRANSIENT
 
+    def describe(self, error: Exception) -> str:
+        """The error in one line."""
+        return str(error)
+
     def explain(self, error: Exception) -> str | None:
         """What a person can do about an OSError; None for an error that is not about storage."""
         if not isinstance(error, OSError):
@@ -153,9 +147,37 @@ class LocalFiles:
         return "check that the file system is mounted and well"
 
 
+def _walk(path: str) -> Iterator[tuple[str, int, float]]:
+    try:
+        entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walk(entry.path)
+        elif not entry.name.startswith(TEMPORARY):
+            try:
+                found = entry.stat()
+            except FileNotFoundError:
+                continue  # deleted since the scan, or a dangling link
+            yield entry.path, found.st_size, found.st_mtime
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError):
+        # Objects have no folders: what is only a folder, or below a file, is not there.
+        raise FileNotFoundError(errno.ENOENT, "no such file", path) from None
+
+
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError):  # must not read as "the object is (not) there"
+        raise NotADirectoryError(errno.ENOTDIR, "cannot make this folder", str(path.parent)) from None
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield temporary

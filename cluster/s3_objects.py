@@ -7,7 +7,6 @@ one attempt, cut off after `timeout_s`; retries are the caller's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ class S3Objects:
     ) -> None:
         self._fs, self.where = filesystem, endpoint
         self._transient, self._fatal, self._client = transient_errors, fatal_errors, client_errors
+        self._watched: Any = None
+        self._trouble = ""  # what the client library last retried inside a call
 
     def stat(self, path: str, timeout_s: float) -> tuple[int, float] | None:
         """Size in bytes and mtime (seconds since the epoch) of an object, None when there is none."""
@@ -82,7 +83,7 @@ class S3Objects:
     def create(self, path: str, data: bytes, timeout_s: float) -> None:
         """PUT with If-None-Match; raises FileExistsError when the name is taken."""
         try:
-            self._fs.pipe_file(path, data, mode="create", chunksize=UPLOAD_PART_BYTES, timeout=timeout_s)
+            self._s3fs().pipe_file(path, data, mode="create", chunksize=UPLOAD_PART_BYTES, timeout=timeout_s)
         except FileExistsError:
             raise
         except OSError as error:
@@ -90,9 +91,9 @@ class S3Objects:
                 raise FileExistsError(path) from error
             raise
 
-    def put(self, path: str, data: bytes, timeout_s: float, *, durable: bool = True) -> None:
+    def put(self, path: str, data: bytes, durable: bool = True, *, timeout_s: float) -> None:
         """PUT, over what is there."""
-        self._fs.pipe_file(
+        self._s3fs().pipe_file(
             path, data, chunksize=UPLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
         )
 
@@ -110,31 +111,32 @@ class S3Objects:
             raise
         return True
 
-    def upload(self, source: Path, path: str, timeout_s: float) -> None:
+    def upload(self, path: str, source: Path, timeout_s: float) -> None:
         """PUT a local file, over what is there; large files in parts."""
-        self._fs.put_file(
+        self._s3fs().put_file(
             str(source), path, chunksize=UPLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
         )
 
     def download(self, path: str, target: Path, timeout_s: float) -> None:
         """Write the object to `target`; large ones by parallel ranges."""
-        self._fs.get_file(
+        self._s3fs().get_file(
             path, str(target), chunksize=DOWNLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
         )
 
-    def walk(self, path: str, timeout_s: float) -> Iterator[tuple[str, int, float]]:
+    def find(self, path: str, timeout_s: float) -> list[tuple[str, int, float]]:
         """Path, size and mtime of every object below `path`, in pages of the store's own listing."""
         bucket, _, key = path.partition("/")
+        found: list[tuple[str, int, float]] = []
         page: dict[str, Any] = {}
         while True:
             more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
             prefix = {"Prefix": key + "/"} if key else {}
-            page = self._fs.call_s3("list_objects_v2", Bucket=bucket, timeout=timeout_s, **prefix, **more)
+            page = self._s3fs().call_s3("list_objects_v2", Bucket=bucket, timeout=timeout_s, **prefix, **more)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # some stores list folders
-                    yield f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()
+                    found.append((f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()))
             if not page.get("IsTruncated"):
-                return
+                return found
 
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the object, if it is there."""
@@ -147,10 +149,10 @@ class S3Objects:
     def delete_tree(self, path: str, timeout_s: float) -> None:
         """Remove every object below `path`."""
         bucket = path.partition("/")[0]
-        keys = [item[0].partition("/")[2] for item in self.walk(path, timeout_s)]
+        keys = [item[0].partition("/")[2] for item in self.find(path, timeout_s)]
         for begin in range(0, len(keys), DELETE_BATCH):
             batch = {"Objects": [{"Key": key} for key in keys[begin : begin + DELETE_BATCH]], "Quiet": True}
-            answer = self._fs.call_s3("delete_objects", Bucket=bucket, Delete=batch, timeout=timeout_s)
+            answer = self._s3fs().call_s3("delete_objects", Bucket=bucket, Delete=batch, timeout=timeout_s)
             if failed := answer.get("Errors"):
                 # The request succeeds as a whole even where single keys fail.
                 raise TimeoutError(f"{len(failed)} objects were not deleted, the first: {failed[0]}")
@@ -162,6 +164,14 @@ class S3Objects:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return status == 429 or (status >= 500 and status != 501) or _code(error) in _TRANSIENT_CODES
         return isinstance(error, self._transient) and not isinstance(error, self._fatal)
+
+    def describe(self, error: Exception) -> str:
+        """The error in one line; for a call that ran out of time, what went wrong inside it."""
+        if isinstance(error, TimeoutError) and _response(error) is None:
+            return f"no answer from {self.where} in time" + (
+                f"; last seen: {self._trouble}" if self._trouble else ""
+            )
+        return f"{type(error).__name__}: {error}"
 
     def explain(self, error: Exception) -> str | None:
         """What a person can do about an error; None for one that is not about storage."""
@@ -186,9 +196,26 @@ class S3Objects:
             return f"correct the AWS settings (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE), or {_CREDENTIALS}"
         return None
 
+    def _s3fs(self) -> Any:
+        """The file system, connected, with an ear on the retries of the client library."""
+        client = self._fs.connect()
+        if client is not self._watched:  # s3fs makes a new client when the old one's connections are closed
+            client.meta.events.register("needs-retry.s3", self._note)
+            self._watched = client
+        return self._fs
+
+    def _note(self, response: Any = None, caught_exception: Any = None, **_: Any) -> None:
+        if caught_exception is not None:
+            self._trouble = f"{type(caught_exception).__name__}: {caught_exception}"
+        elif response is not None and response[0].status_code >= 300:
+            error = response[1].get("Error", {})
+            self._trouble = (
+                f"HTTP {response[0].status_code} {error.get('Code', '')}: {error.get('Message', '')}"
+            )
+
     def _request(self, method: str, path: str, timeout_s: float, **arguments: Any) -> dict[str, Any]:
         bucket, _, key = path.partition("/")
-        return self._fs.call_s3(method, Bucket=bucket, Key=key, timeout=timeout_s, **arguments)
+        return self._s3fs().call_s3(method, Bucket=bucket, Key=key, timeout=timeout_s, **arguments)
 
     def _read(self, path: str, timeout_s: float, **arguments: Any) -> tuple[bytes, str]:
         """Body and ETag of one GET: `cat_file` of s3fs loses the ETag, and asks HEAD first."""

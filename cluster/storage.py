@@ -12,16 +12,16 @@ S3 credentials, endpoint and region come from the standard AWS_* variables, file
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
 import uuid
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from cluster.errors import (
@@ -35,15 +35,16 @@ from cluster.errors import (
 )
 from cluster.hashing import canonical_json, sha256_bytes, sha256_file
 from cluster.local_files import LocalFiles
+from cluster.range_file import RangeFile
 from cluster.retry import DeadlineExceeded, retry
 from cluster.s3_objects import S3Objects
 
 __all__ = ["canonical_json", "sha256_bytes", "sha256_file"]
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PROBE_DEADLINE_S = 20.0
+TELEMETRY_DEADLINE_S = 5.0
 SLOWEST_BYTES_PER_S = 1e6  # transfers get this much longer than the deadline
 READ_AHEAD_BYTES = 4 << 20  # one request of open_read; at 100 MB/s it takes as long as two round trips
 TREE_THREADS = 4
@@ -72,12 +73,12 @@ def join(uri: str, *parts: str) -> str:
 
 def exists(uri: str) -> bool:
     """Whether there is an object of this name; a folder or prefix is none (see `list_files`)."""
-    return _call(uri, "look up", lambda store, path, left_s: store.stat(path, left_s)) is not None
+    return _call(uri, "stat") is not None
 
 
 def size(uri: str) -> int:
     """Size in bytes; raises NotFound."""
-    found = _call(uri, "look up", lambda store, path, left_s: store.stat(path, left_s))
+    found = _call(uri, "stat")
     if found is None:
         raise _not_found(uri)
     return found[0]
@@ -104,14 +105,12 @@ def read_range(uri: str, start: int, length: int) -> bytes:
     """`length` bytes from offset `start`; fewer at the end of the object. Raises NotFound."""
     if length <= 0:
         return b""
-    return _call(
-        uri, "read", lambda store, path, left_s: store.get_range(path, start, length, left_s), length
-    )
+    return _call(uri, "get_range", start, length, transfer_bytes=length)
 
 
 def read_versioned(uri: str) -> tuple[bytes, str]:
     """The whole object and a token of this version, for `replace_if`; raises NotFound."""
-    return _call(uri, "read", lambda store, path, left_s: store.get(path, left_s))
+    return _call(uri, "get")
 
 
 def write_exclusive(uri: str, data: bytes) -> None:
@@ -124,7 +123,7 @@ def write_exclusive(uri: str, data: bytes) -> None:
         AlreadyExists: when other content has the name.
     """
     try:
-        _call(uri, "create", lambda store, path, left_s: store.create(path, data, left_s))
+        _call(uri, "create", data, transfer_bytes=len(data))
     except AlreadyExists:
         try:
             if read_bytes(uri) == data:
@@ -145,24 +144,19 @@ def write_telemetry(uri: str, obj: Any) -> None:
     """Overwrite a small JSON object that only informs (progress, failures). Never raises, tries for 5 s."""
     try:
         data = json.dumps(obj, default=str).encode()
-        _call(
-            uri,
-            "write",
-            lambda store, path, left_s: store.put(path, data, left_s, durable=False),
-            deadline_s=5.0,
-        )
+        _call(uri, "put", data, False, deadline_s=TELEMETRY_DEADLINE_S)
     except Exception as error:
         log.debug("telemetry was not written: %s", error)
 
 
-def overwrite(uri: str, data: bytes) -> None:
+def overwrite(uri: str, data: bytes, *, deadline_s: float | None = None) -> None:
     """Write the object, over what is there; durable when it returns."""
-    _call(uri, "write", lambda store, path, left_s: store.put(path, data, left_s), len(data))
+    _call(uri, "put", data, transfer_bytes=len(data), deadline_s=deadline_s)
 
 
 def replace_if(uri: str, data: bytes, version: str) -> bool:
     """Write the object if it still has `version` (of `read_versioned`); False when it changed or is gone."""
-    if _call(uri, "replace", lambda store, path, left_s: store.put_if(path, data, version, left_s)):
+    if _call(uri, "put_if", data, version, transfer_bytes=len(data)):
         return True
     try:
         return read_bytes(uri) == data  # refused, but by our own first try: its answer was lost
@@ -174,7 +168,7 @@ def upload_file(local: Path | str, uri: str) -> tuple[int, str]:
     """Copy a local file to `uri`, over what is there; returns its size in bytes and sha256."""
     local = Path(local)
     bytes_, sha256 = local.stat().st_size, sha256_file(local)
-    _call(uri, "upload", lambda store, path, left_s: store.upload(local, path, left_s), bytes_)
+    _call(uri, "upload", local, transfer_bytes=bytes_)
     if (stored := size(uri)) != bytes_:
         raise StorageUnavailable(
             f"{uri} was stored incompletely",
@@ -208,12 +202,7 @@ def download_file(
     if bytes is not None and expected_bytes != bytes:
         raise _differs(uri, f"{bytes} bytes", f"{expected_bytes} bytes")
     try:
-        _call(
-            uri,
-            "download",
-            lambda store, path, left_s: store.download(path, temporary, left_s),
-            expected_bytes,
-        )
+        _call(uri, "download", temporary, transfer_bytes=expected_bytes)
         if (found := temporary.stat().st_size) != expected_bytes:
             raise _differs(uri, f"{expected_bytes} bytes", f"{found} bytes")
         if sha256 is not None and (digest := sha256_file(temporary)) != sha256:
@@ -241,12 +230,12 @@ def open_read(uri: str) -> BinaryIO:
 
     Raises NotFound at once, not at the first read.
     """
-    return io.BufferedReader(_RangeReader(join(uri), size(uri)), READ_AHEAD_BYTES)
+    return io.BufferedReader(RangeFile(read_range, join(uri), size(uri)), READ_AHEAD_BYTES)
 
 
-def list_files(uri_prefix: str) -> list[ObjectInfo]:
+def list_files(uri_prefix: str, *, deadline_s: float | None = None) -> list[ObjectInfo]:
     """Every object below the prefix, recursively, sorted by URI; [] when there is none."""
-    items = _call(uri_prefix, "list", lambda store, path, left_s: list(store.walk(path, left_s)))
+    items = _call(uri_prefix, "find", deadline_s=deadline_s)
     scheme = "s3://" if join(uri_prefix).startswith("s3://") else ""
     return sorted(
         (ObjectInfo(scheme + path, size, mtime) for path, size, mtime in items), key=lambda item: item.uri
@@ -255,12 +244,12 @@ def list_files(uri_prefix: str) -> list[ObjectInfo]:
 
 def delete(uri: str) -> None:
     """Remove the object; no error when there is none."""
-    _call(uri, "delete", lambda store, path, left_s: store.delete(path, left_s))
+    _call(uri, "delete")
 
 
 def delete_tree(uri_prefix: str) -> None:
     """Remove every object below the prefix; no error when there is none."""
-    _call(uri_prefix, "delete", lambda store, path, left_s: store.delete_tree(path, left_s))
+    _call(uri_prefix, "delete_tree")
 
 
 def probe_preconditions(root: str) -> None:
@@ -275,67 +264,26 @@ def probe_preconditions(root: str) -> None:
     """
     uri = join(root, f".probe-{uuid.uuid4().hex}")
 
-    def probe(store: Any, path: str, left_s: float) -> list[str]:
-        ignored = []
-        store.put(path, b"first", left_s)
-        try:
-            store.create(path, b"second", left_s)
-            ignored.append("If-None-Match")
-        except FileExistsError:
-            pass
-        _, stale = store.get(path, left_s)
-        store.put(path, b"third", left_s)
-        if store.put_if(path, b"fourth", stale, left_s):
-            ignored.append("If-Match")
-        return ignored
-
+    ignored = []
     try:
-        ignored = _call(uri, "write", probe, deadline_s=PROBE_DEADLINE_S)
+        _call(uri, "put", b"first", deadline_s=PROBE_DEADLINE_S)
+        with contextlib.suppress(AlreadyExists):
+            _call(uri, "create", b"second", deadline_s=PROBE_DEADLINE_S)
+            ignored.append("If-None-Match")
+        _, stale = _call(uri, "get", deadline_s=PROBE_DEADLINE_S)
+        _call(uri, "put", b"third", deadline_s=PROBE_DEADLINE_S)
+        if _call(uri, "put_if", b"fourth", stale, deadline_s=PROBE_DEADLINE_S):
+            ignored.append("If-Match")
     finally:
-        _quietly(lambda: delete(uri))
+        with contextlib.suppress(ItpnError):
+            _call(uri, "delete", deadline_s=2.0)
     if ignored:
         raise PreflightError(
             f"the object store of {root} ignores conditional writes",
             expected="a second exclusive create and a stale replacement are refused (HTTP 412)",
             found=f"{' and '.join(ignored)} accepted and ignored",
-            remedy="use a store with conditional writes (AWS S3, SeaweedFS, MinIO, …), or a newer version of it",
+            remedy="use a store with conditional writes (AWS S3, SeaweedFS, MinIO, …)",
         )
-
-
-class _RangeReader(io.RawIOBase):
-    """A raw file over `read_range`; an object's content never changes under its name, so ranges agree."""
-
-    def __init__(self, uri: str, length: int) -> None:
-        self._uri, self._length, self._position = uri, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
-        if base + offset < 0:
-            raise ValueError(f"negative seek position {base + offset}")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self._next(self._length)
-
-    def _next(self, length: int) -> bytes:
-        data = read_range(self._uri, self._position, min(length, self._length - self._position))
-        self._position += len(data)
-        return data
 
 
 # ---- the stores, and what surrounds every call of them
@@ -401,33 +349,44 @@ def _s3() -> S3Objects:
                 ConnectionError,
             ),
             fatal_errors=(SSLError,),
-            client_errors=(BotoCoreError,),
+            client_errors=(BotoCoreError, ValueError),
         )
     return _S3[key]
 
 
+_VERBS = {
+    "stat": "look up",
+    "get": "read",
+    "get_range": "read",
+    "put": "write",
+    "put_if": "replace",
+    "find": "list",
+}
+
+
 def _call(
-    uri: str,
-    action: str,
-    operation: Callable[[Any, str, float], T],
-    transfer_bytes: int = 0,
-    *,
-    deadline_s: float | None = None,
-) -> T:
-    """`operation(store, path, seconds_left)` with retries; every failure becomes an error of ours."""
+    uri: str, method: str, *arguments: Any, transfer_bytes: int = 0, deadline_s: float | None = None
+) -> Any:
+    """`store.method(path, *arguments)` with retries; every failure becomes an error of ours.
+
+    Each attempt is told how many seconds it has (`timeout_s`): the rest of the deadline, which is longer
+    where many bytes move.
+    """
     store, path = _store(uri)
+    operation = getattr(store, method)
     if deadline_s is None:
-        deadline_s = (
-            float(os.environ.get("ITPN_STORAGE_DEADLINE_S", 180)) + transfer_bytes / SLOWEST_BYTES_PER_S
-        )
+        deadline_s = _deadline_s() + transfer_bytes / SLOWEST_BYTES_PER_S
+    action = _VERBS.get(method, method.replace("_tree", ""))
     try:
         return retry(
-            lambda left_s: operation(store, path, left_s), transient=store.transient, deadline_s=deadline_s
+            lambda left_s: operation(path, *arguments, timeout_s=left_s),
+            transient=store.transient,
+            deadline_s=deadline_s,
         )
     except DeadlineExceeded as error:
         raise StorageUnavailable(
-            f"cannot {action} {uri}: no success in {error.attempts} attempts over {error.elapsed_s:.0f} s",
-            found=_text(error.cause),
+            f"cannot {action} {uri}: gave up after {error.elapsed_s:.0f} s (attempt {error.attempts})",
+            found=store.describe(error.cause),
             remedy=store.explain(error.cause),
         ) from error.cause
     except ItpnError:
@@ -444,11 +403,19 @@ def _call(
         _raise_refusal(store, uri, action, error)
 
 
+def _deadline_s() -> float:
+    text = os.environ.get("ITPN_STORAGE_DEADLINE_S", "180")
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError("ITPN_STORAGE_DEADLINE_S is no number", expected="seconds", found=text) from None
+
+
 def _raise_refusal(store: Any, uri: str, action: str, error: Exception) -> NoReturn:
     remedy = store.explain(error)
     if remedy is None:
         raise error
-    raise StorageUnavailable(f"cannot {action} {uri}", found=_text(error), remedy=remedy) from error
+    raise StorageUnavailable(f"cannot {action} {uri}", found=store.describe(error), remedy=remedy) from error
 
 
 def _not_found(uri: str) -> NotFound:
@@ -464,14 +431,3 @@ def _differs(uri: str, expected: str, found: str) -> DataInvalid:
         found=found,
         remedy="the object was damaged or replaced: restore it, or make it again under a new version",
     )
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip() or 'no answer in time'}"
-
-
-def _quietly(action: Callable[[], None]) -> None:
-    try:
-        action()
-    except ItpnError as error:
-        log.debug("%s", error)
