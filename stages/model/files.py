@@ -141,6 +141,18 @@ class _Module:
         self.attributes = state if isinstance(state, dict) else {}
 
 
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
 class _TensorUnpickler(pickle.Unpickler):
     def __init__(self, file: Any, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
@@ -150,8 +162,8 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
             return _Module
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return torch._utils._rebuild_tensor_v2
         if (module, name) == ("collections", "OrderedDict"):
@@ -161,8 +173,7 @@ class _TensorUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which is not a tensor")
 
     def persistent_load(self, pid: Any) -> Any:
-        _, storage_class, key, _, count = pid
-        dtype = storage_class.dtype
+        _, dtype, key, _, count = pid
         if key not in self._storages:
             data = bytearray(self._archive.read(f"{self._root}data/{key}"))
             if len(data) < count * dtype.itemsize:

@@ -5,6 +5,7 @@ Target (iTPN, `engine_for_pretraining.py`): patch tokens → post-LN → project
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cluster import storage
-from cluster.errors import ConfigError, DataInvalid
+from cluster.errors import ConfigError, DataInvalid, StorageUnavailable
 from stages.model.clip_tower import ClipTower, from_hf, from_openai, hf_arguments, open_clip_arguments
 from stages.model.config import BackboneConfig, TeacherConfig
 from stages.model.files import local_copy, read_state
+from stages.model.hf_towers import is_clip, load_hf_tower
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CONFIGS = {"hf": "config.json", "open_clip": "open_clip_config.json"}
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _WEIGHTS = (
     "model.safetensors",
     "open_clip_model.safetensors",
@@ -106,7 +109,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     files = find_files(config)
     with local_copy(files.weights, sha256=config.sha256) as path:
         sha256 = config.sha256 or storage.sha256_file(path)
-        tower = _clip(config, files, path)
+        tower = _tower(config, files, path)
     return Teacher(tower, config, sha256, torch.device(device))
 
 
@@ -122,8 +125,8 @@ class TeacherFiles:
 
 def find_files(config: TeacherConfig) -> TeacherFiles:
     """Resolve `config.uri`: a weights file, or a folder that holds one beside its config."""
-    uri = storage.join(config.uri)
-    weights: str | None = uri if Path(uri).suffix in (".safetensors", ".pt", ".pth", ".bin") else None
+    uri = _from_hub(name) if (name := hub_name(config.uri)) else storage.join(config.uri)
+    weights: str | None = uri if Path(uri).suffix in _SUFFIXES else None
     folder = uri.rsplit("/", 1)[0] if weights else uri
     if weights is None:
         weights = next((w for name in _WEIGHTS if storage.exists(w := storage.join(folder, name))), None)
@@ -144,6 +147,37 @@ def find_files(config: TeacherConfig) -> TeacherFiles:
     preprocessor = storage.join(folder, "preprocessor_config.json")
     known = storage.read_json(preprocessor) if storage.exists(preprocessor) else None
     return TeacherFiles(weights, layout, found, known)
+
+
+def hub_name(uri: str) -> str | None:
+    """The hub repository that a URI names: `hf://org/name`, or `org/name` where there is no such path."""
+    name = uri.removeprefix("hf://")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or Path(name).suffix in _SUFFIXES:
+        return None
+    return name if uri.startswith("hf://") or not Path(uri).exists() else None
+
+
+def _from_hub(name: str) -> str:
+    """Folder of the hub's files, from its local cache where they are there already."""
+    from huggingface_hub import snapshot_download  # comes with transformers
+
+    try:
+        return snapshot_download(name, allow_patterns=[*_WEIGHTS[:2], "*.json"])
+    except Exception as error:  # the hub's errors and those of the HTTP client below it share no base class
+        raise StorageUnavailable(
+            f"the teacher '{name}' could not be fetched from the Hugging Face hub",
+            expected="a local path, or a hub repository that holds safetensors",
+            found=f"no local path of that name; the hub said: {str(error).splitlines()[0][:200]}",
+            remedy="check the name and the network, or download the model and give its folder as teacher.uri",
+        ) from None
+
+
+def _tower(config: TeacherConfig, files: TeacherFiles, path: Path) -> Tower:
+    if files.layout != "hf" or files.config is None or is_clip(files.config):
+        return _clip(config, files, path)
+    module, facts = load_hf_tower(files.config, path)
+    mean, std = _mean_std(files, facts.pop("mean"), facts.pop("std"))
+    return Tower(module, mean=mean, std=std, **facts)
 
 
 def _clip(config: TeacherConfig, files: TeacherFiles, path: Path) -> Tower:
@@ -167,8 +201,11 @@ def _clip(config: TeacherConfig, files: TeacherFiles, path: Path) -> Tower:
 def _mean_std(
     files: TeacherFiles, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> tuple[Any, Any]:
-    known = files.preprocessor or {}
-    return tuple(known.get("image_mean", mean)), tuple(known.get("image_std", std))
+    """What the files say: transformers' preprocessor, open_clip's `preprocess_cfg`, else the tower's own."""
+    hf, open_clip = files.preprocessor or {}, (files.config or {}).get("preprocess_cfg", {})
+    found_mean = hf.get("image_mean") or open_clip.get("mean") or mean
+    found_std = hf.get("image_std") or open_clip.get("std") or std
+    return tuple(found_mean), tuple(found_std)
 
 
 def check_grids(backbone: BackboneConfig, teacher: Teacher) -> None:
