@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 ON_WAIT_EVERY_S = 5.0
 KEEP_TENURES = 2
+DYING_S = 0.5  # a process that was killed just now is still listed for a moment
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Holder:
 
     def __str__(self) -> str:
         return f"{self.owner}, process {self.pid} on {self.host} since {self.since}"
+
+    def is_neighbour(self) -> bool:
+        """Whether the holder is another process of this machine."""
+        return self.machine == _machine() and self.pid != os.getpid()
 
     def known_dead(self) -> bool:
         """Whether the holder was a process of this machine that is no more."""
@@ -87,7 +92,8 @@ class Lease:
             uri_prefix: where the lease lives.
             owner: a name for people, by default the user's.
             ttl_s: after how many silent seconds another process may take over.
-            wait_s: how long to wait while another process holds it; 0 not at all, None for ever.
+            wait_s: how long to wait while another process holds it; 0 not at all (but half a second for
+                a process of this machine, which may be dying), None for ever.
             on_wait: called with the holder when the wait begins and now and then while it lasts.
 
         Raises:
@@ -101,10 +107,14 @@ class Lease:
                 before = _clock()  # no contender can have seen the tenure earlier
                 mine = _claim(prefix, holder.token + 1 if holder else 1, owner or _user(), ttl_s)
                 if mine is not None:
-                    return cls(prefix, mine, before)
+                    lease = cls(prefix, mine, before)
+                    with contextlib.suppress(ItpnError):
+                        _prune(prefix, mine.token)
+                    return lease
                 continue  # another contender was quicker
             waited_s = time.monotonic() - began
-            if wait_s is not None and waited_s >= wait_s:
+            limit_s = wait_s if wait_s is None or not holder.is_neighbour() else max(wait_s, DYING_S)
+            if limit_s is not None and waited_s >= limit_s:
                 raise LeaseHeld(
                     f"{prefix} is held by {holder}",
                     remedy=f"wait until it has finished; if it died, others may take over {holder.ttl_s:g} s later",
@@ -112,8 +122,8 @@ class Lease:
             if on_wait is not None and waited_s - told >= ON_WAIT_EVERY_S:
                 told = waited_s
                 on_wait(holder)
-            pause_s = min(max(holder.ttl_s / 10, 0.02), 0.5)
-            time.sleep(pause_s if wait_s is None else min(pause_s, max(wait_s - waited_s, 0.001)))
+            pause_s = min(max(holder.ttl_s / 10, 0.02), 0.5 if waited_s > DYING_S else 0.05)
+            time.sleep(pause_s if limit_s is None else min(pause_s, max(limit_s - waited_s, 0.001)))
 
     def check(self) -> None:
         """Raise LeaseHeld if this process no longer holds the lease. Call it before anything that others see."""
@@ -161,8 +171,6 @@ class Lease:
 
     def _beat(self) -> None:
         count, period_s = 0, self._ttl_s / 3
-        with contextlib.suppress(ItpnError):
-            _prune(self._prefix, self.token)
         while not self._stop.is_set() and not self._lost:
             count += 1
             now, pause_s = _clock(), period_s

@@ -14,6 +14,7 @@ DOWNLOAD_PART_BYTES = 16 << 20
 UPLOAD_PART_BYTES = 32 << 20  # above twice this, multipart; at most 10,000 parts: objects up to 320 GB
 PARTS_AT_ONCE = 4  # memory of a transfer is part size times this
 DELETE_BATCH = 1000  # the most that one DeleteObjects request takes
+LIST_PAGE = 1000  # the most that one listing answers
 
 # Error codes that pass by themselves, beside every 5xx and 429. ConditionalRequestConflict: two creates met
 # in flight, neither has lost yet.
@@ -131,7 +132,9 @@ class S3Objects:
         while True:
             more = {"ContinuationToken": page["NextContinuationToken"]} if page else {}
             prefix = {"Prefix": key + "/"} if key else {}
-            page = self._s3fs().call_s3("list_objects_v2", Bucket=bucket, timeout=timeout_s, **prefix, **more)
+            page = self._s3fs().call_s3(
+                "list_objects_v2", Bucket=bucket, MaxKeys=LIST_PAGE, timeout=timeout_s, **prefix, **more
+            )
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # some stores list folders
                     found.append((f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()))
