@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Set
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +28,14 @@ class Config(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise ConfigError(_explain(cls, error), remedy="correct the values listed") from None
+
+    @classmethod
+    def from_values(cls, data: dict[str, Any], overrides: dict[str, str]) -> Self:
+        """The class's defaults, with `data` (nested) merged in, then the dotted `overrides` as in `with_set`."""
+        merged = _merge(_defaults(cls), data)
+        for key, text in overrides.items():
+            _assign(merged, key, text, required={n for n, f in cls.model_fields.items() if f.is_required()})
+        return cls.parse(merged)
 
     def identity(self) -> dict[str, Any]:
         """The JSON-ready fields that decide what the output is."""
@@ -81,8 +90,32 @@ def _identity(value: Any) -> Any:
     return value
 
 
-def _assign(data: dict[str, Any], key: str, text: str) -> None:
+def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
+    values = {}
+    for name, field in cls.model_fields.items():
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            values[name] = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return values
+
+
+def _merge(base: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in data.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if nested else value
+    return merged
+
+
+def _assign(data: dict[str, Any], key: str, text: str, required: Set[str] = frozenset()) -> None:
+    """Set a dotted key that is there; below a `required` field without default, `parse` judges it instead."""
     *parents, last = key.split(".")
+    if key.split(".")[0] in required:
+        nested: Any = _value(text)
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        data |= _merge(data, nested)
+        return
     node: Any = data
     for depth, part in enumerate([*parents, last]):
         if not isinstance(node, dict) or part not in node:
@@ -95,10 +128,14 @@ def _assign(data: dict[str, Any], key: str, text: str) -> None:
             )
         if depth < len(parents):
             node = node[part]
+    node[last] = _value(text)
+
+
+def _value(text: str) -> Any:
     try:
-        node[last] = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError:
-        node[last] = text
+        return text
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:
@@ -108,7 +145,9 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
         text = item["msg"]
         if item["type"] == "extra_forbidden":
             text = "unknown key, " + nearest(str(item["loc"][-1]), _fields_at(cls, item["loc"][:-1]))
-        lines.append(f"  {where}: {text}" + ("" if isinstance(item["input"], dict) else f" (found {item['input']!r})"))
+        lines.append(
+            f"  {where}: {text}" + ("" if isinstance(item["input"], dict) else f" (found {item['input']!r})")
+        )
     return "\n".join(lines)
 
 

@@ -1,0 +1,235 @@
+"""Run functions on Ray: single tasks, streams of tasks, and worker groups through Ray Train.
+
+The only importer of ray, and lazily, so that everything else runs where Ray is not installed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+from cluster.errors import ConfigError, ItpnError, StepFailed, StorageUnavailable
+from cluster.resources import Resources, cpu_count
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """A connection to a Ray cluster, or a local one that lives as long as this object.
+
+    Args:
+        address: `None` starts a local Ray on 127.0.0.1; `auto` or `host:port` joins a running cluster.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        import ray
+
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            # An explicit "local" never joins a cluster that happens to run on this machine.
+            options |= {
+                "address": "local",
+                "num_cpus": cpu_count(),
+                "include_dashboard": False,
+                "_node_ip_address": "127.0.0.1",
+            }
+        else:
+            options["address"] = address
+        try:
+            _knock(address)
+            ray.init(**options)
+        except OSError as error:
+            raise ConfigError(
+                f"no Ray cluster answers at '{address}'",
+                found=str(error).splitlines()[0],
+                remedy="start one with `ray start --head`, or leave --address out for a local Ray",
+            ) from None
+
+    def submit(self, fn: Callable[..., Any], *args: Any, resources: Resources, name: str) -> Job:
+        """Start `fn(*args)` as one Ray task in a fresh process.
+
+        A step with one worker runs inside the task and so holds its CPUs and GPUs; a step with more
+        workers only waits in the task for the group that it starts, which holds them instead.
+        """
+        import ray
+
+        inside = resources.workers == 1
+        remote = ray.remote(
+            num_cpus=resources.cpus if inside else 0,
+            num_gpus=resources.gpus if inside else 0,
+            max_calls=1,  # training leaves process-wide state behind (process groups, allocator)
+            max_retries=0,
+        )(fn)
+        return Job(remote.options(name=name).remote(*args), name)
+
+    def wait(self, jobs: list[Job], timeout_s: float) -> list[Job]:
+        """The jobs that have ended, after at most `timeout_s` seconds."""
+        import ray
+
+        ready, _ = ray.wait([job.ref for job in jobs], num_returns=len(jobs), timeout=timeout_s)
+        return [job for job in jobs if job.ref in ready]
+
+    def capacity(self) -> dict[str, float]:
+        """Total resources of the cluster by Ray's names (CPU, GPU, memory, …)."""
+        import ray
+
+        return ray.cluster_resources()
+
+    def close(self) -> None:
+        """Leave the cluster; ends a local Ray and every process of it."""
+        import ray
+
+        ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted task."""
+
+    ref: Any
+    name: str
+
+    def result(self) -> Any:
+        """The task's value; raises the ItpnError it raised, or StepFailed when its process died."""
+        import ray
+
+        try:
+            return ray.get(self.ref)
+        except ray.exceptions.RayTaskError as error:
+            raise _unwrap(error, self.name) from None
+        except ray.exceptions.RayError as error:
+            raise StepFailed(
+                f"the worker process of '{self.name}' died",
+                found=str(error).splitlines()[0],
+                remedy="run again: it resumes; if it repeats, look for an out-of-memory kill (dmesg)",
+            ) from None
+
+    def cancel(self) -> None:
+        """End the task and its children."""
+        import ray
+
+        ray.cancel(self.ref, force=True, recursive=True)
+
+
+@dataclass(frozen=True)
+class RayExecutor:
+    """`cluster.executor.Executor` on Ray; used inside a step's task.
+
+    Args:
+        max_restarts: how often a worker group that lost a worker is started again. Errors of our own
+            (`ItpnError`) are deterministic and are not retried, but for a storage outage.
+        timeout_s: limit on any collective of a group; a slow or dead rank becomes an error, not a hang.
+    """
+
+    max_restarts: int = 3
+    timeout_s: int = 600
+
+    def workers(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
+        if resources.workers == 1:
+            return fn(spec)
+        for attempt in range(self.max_restarts + 1):
+            try:
+                return self._group(fn, spec, resources)
+            except StorageUnavailable:
+                if attempt == self.max_restarts:
+                    raise
+            except ItpnError as error:
+                if not isinstance(error, _WorkerLost) or attempt == self.max_restarts:
+                    raise
+                log.warning("restart %d of %d: %s", attempt + 1, self.max_restarts, error)
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def _group(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
+        os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        with tempfile.TemporaryDirectory(prefix="itpn-ray-train-") as scratch:
+            trainer = TorchTrainer(
+                cast(
+                    Any, fn
+                ),  # Ray's annotation says that nothing is returned; `return_value` says otherwise
+                train_loop_config=spec,
+                torch_config=TorchConfig(
+                    backend="nccl" if resources.gpus else "gloo", timeout_s=self.timeout_s
+                ),
+                scaling_config=ScalingConfig(
+                    num_workers=resources.workers,
+                    use_gpu=bool(resources.gpus),
+                    resources_per_worker=per_worker,
+                ),
+                # Restarts are ours (above): Ray would also repeat errors that cannot go away.
+                run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+            )
+            try:
+                return cast(Any, trainer.fit()).return_value
+            except TrainingFailedError as error:
+                raise _group_error(error) from None
+
+    def map(self, fn: Callable[[Any], Any], items: Iterable[Any], resources: Resources) -> Iterator[Any]:
+        import ray
+
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_retries=self.max_restarts)(
+            fn
+        )
+        pending: list[Any] = []
+        for item in items:
+            pending.append(remote.remote(item))
+            if len(pending) >= resources.workers:
+                yield from self._take(pending)
+        while pending:
+            yield from self._take(pending)
+
+    @staticmethod
+    def _take(pending: list[Any]) -> Iterator[Any]:
+        import ray
+
+        done, rest = ray.wait(pending, num_returns=1)
+        pending[:] = rest
+        for ref in done:
+            yield Job(ref, "a task of the step").result()
+
+
+def _knock(address: str | None) -> None:
+    """Raise OSError when nothing listens at `host:port`; Ray itself would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+class _WorkerLost(StepFailed):
+    """A worker of a group ended for a reason that is not an error of ours, so a restart may help."""
+
+
+def _group_error(error: Any) -> ItpnError:
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = {rank: _unwrap(failure, f"rank {rank}") for rank, failure in failures.items()}
+    # When one rank raises, the others fail on their next collective: the error of ours is the cause.
+    for cause in causes.values():
+        if not isinstance(cause, StepFailed):
+            return cause
+    text = "; ".join(f"rank {rank}: {cause.found or cause.message}" for rank, cause in sorted(causes.items()))
+    return _WorkerLost("a worker of the group was lost", found=text or str(error).splitlines()[-1])
+
+
+def _unwrap(error: BaseException, name: str) -> ItpnError:
+    """The ItpnError inside whatever Ray wrapped it in, else StepFailed with the end of the traceback."""
+    seen: BaseException | None = error
+    while seen is not None:
+        # Ray's wrapper poses as the class it wraps, so the cause is asked first.
+        inner = getattr(seen, "cause", None)
+        if inner is None and isinstance(seen, ItpnError):
+            return seen
+        seen = inner or seen.__cause__
+    lines = str(error).strip().splitlines() or traceback.format_exception_only(error)
+    return StepFailed(f"'{name}' failed", found="\n            ".join(line.rstrip() for line in lines[-12:]))

@@ -1,0 +1,294 @@
+"""The command line: `itpn`, or `python -m pipeline`."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from cluster import storage
+from cluster.errors import ConfigError, ItpnError
+from cluster.jobs import Session
+from pipeline import doctor as doctors
+from pipeline import preflight, recipes, view
+from pipeline.registry import Registry
+from pipeline.runner import Runner, State, StepStatus, exit_code
+from pipeline.step import Step, select, topological
+from stages.config import Config, parse_assignments
+
+app = typer.Typer(
+    name="itpn",
+    help="Pre-train Fast-iTPN: shard, pre-train, fine-tune, evaluate, register.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+results_app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
+app.add_typer(results_app, name="results")
+
+RecipeArg = Annotated[str, typer.Argument(help="Name of the recipe: " + ", ".join(recipes.names()))]
+RootOpt = Annotated[
+    str, typer.Option("--root", envvar="ITPN_ROOT", help="URI under which every output lives.")
+]
+SetOpt = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe's config.")
+]
+OnlyOpt = Annotated[
+    list[str], typer.Option("--only", metavar="STEP", help="Only these steps, and what they need.")
+]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")]
+AddressOpt = Annotated[
+    str | None,
+    typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to use; none starts a local one."),
+]
+
+err = Console(stderr=True, highlight=False)
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn an ItpnError into a message, the JSON object when asked for, and the error's exit code."""
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except ItpnError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            if kwargs.get("as_json"):
+                view.print_json({"ok": False, "exit_code": error.exit_code, "error": str(error)})
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            err.print("stopped; finished steps are kept, run the same command again to go on")
+            raise typer.Exit(130) from None
+
+    wrapper.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
+    return wrapper
+
+
+@app.command()
+@_guarded
+def run(
+    recipe: RecipeArg,
+    root: RootOpt = "",
+    set_: SetOpt = [],  # noqa: B006  (typer copies it)
+    only: OnlyOpt = [],  # noqa: B006
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    no_wait: Annotated[
+        bool, typer.Option("--no-wait", help="Exit 3 when another run holds a step's lease.")
+    ] = False,
+    max_parallel: Annotated[int, typer.Option(min=1, help="Steps in flight at once.")] = 8,
+    address: AddressOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Run a recipe; what is finished is skipped.
+
+    [bold]Examples[/]
+
+      itpn run demo --root runs/demo
+
+      itpn run demo --root runs/demo --set pretrain.schedule.steps=50 --dry-run
+
+      itpn run pretrain_large --root s3://bucket/itpn --address auto --set data.source=s3://bucket/ILSVRC2012
+    """
+    module, config = _recipe(recipe, set_)
+    steps = select(topological(module.build(config)), only) if only else topological(module.build(config))
+    if dry_run:
+        uri = storage.join(_root(root))
+        statuses = Runner(uri, recipe, steps).plan()
+        _console(as_json).print(view.plan_table(uri, statuses))
+        if as_json:
+            view.print_json(
+                {"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)}
+            )
+        return
+    # Asked before the full preflight, so that a finished run starts neither torch nor Ray.
+    if not (root and _finished(storage.join(root), recipe, steps)):
+        preflight.demand([preflight.root(root), *module.requirements(config, address)])
+    uri = storage.join(root)
+    console = _console(as_json)
+    runner = Runner(
+        uri,
+        recipe,
+        steps,
+        open_session=partial(Session, address),
+        max_parallel=max_parallel,
+        wait_for_lease=not no_wait,
+        on_change=lambda status: shown.changed(status),
+    )
+    shown = view.RunView(uri, list(runner.status.values()), console)
+    console.print(f"recipe {recipe}  →  {uri}", highlight=False, soft_wrap=True)
+    with shown:
+        statuses = runner.run()
+    _tell(uri, recipe, statuses, console, as_json)
+
+
+@app.command()
+@_guarded
+def status(
+    recipe: RecipeArg,
+    root: RootOpt = "",
+    set_: SetOpt = [],  # noqa: B006
+    as_json: JsonOpt = False,
+) -> None:
+    """Every step of a recipe: done, running (progress, ETA), failed (why), to do, drifted.
+
+    [bold]Example[/]: itpn status demo --root runs/demo
+    """
+    module, config = _recipe(recipe, set_)
+    uri = storage.join(_root(root))
+    statuses = doctors.survey(uri, recipe, topological(module.build(config)))
+    console = _console(as_json)
+    console.print(view.status_table(uri, statuses))
+    if as_json:
+        view.print_json({"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)})
+
+
+@app.command()
+@_guarded
+def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Also check what this recipe needs.")] = None,
+    root: RootOpt = "",
+    set_: SetOpt = [],  # noqa: B006
+    address: AddressOpt = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Check versions, the object store (is a second exclusive create really refused?), and a recipe's needs.
+
+    [bold]Examples[/]
+
+      itpn doctor --root s3://bucket/itpn
+
+      itpn doctor pretrain_large --root s3://bucket/itpn
+    """
+    requirements = doctors.machine(address)
+    requirements += [preflight.root(root)] if root or recipe else []
+    if recipe:
+        module, config = _recipe(recipe, set_)
+        requirements += module.requirements(config, address)
+    findings = preflight.examine(requirements)
+    console = _console(as_json)
+    for finding in findings:
+        mark = "[green]ok[/]     " if finding.ok else "[bold red]missing[/]"
+        console.print(f"{mark}  {finding.name}: {escape(finding.text)}", soft_wrap=True)
+        if not finding.ok:
+            console.print(f"           remedy: {escape(finding.remedy)}", soft_wrap=True)
+    failed = [finding for finding in findings if not finding.ok]
+    code = max((4 if f.exit_code == 4 else 2 for f in failed), default=0)
+    if as_json:
+        view.print_json({"ok": not failed, "exit_code": code, "checks": [vars(f) for f in findings]})
+    raise typer.Exit(code)
+
+
+@results_app.command("list")
+@_guarded
+def results_list(
+    root: RootOpt = "",
+    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    init: Annotated[str | None, typer.Option(help="Only pretrained or scratch.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
+    run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """All results, oldest first.
+
+    [bold]Example[/]: itpn results list --root runs/demo --metric top1 --json
+    """
+    uri = storage.join(_root(root))
+    rows = Registry(uri).results(
+        metric=metric, dataset=dataset, split=split, init=init, seed=seed, run=run_name
+    )
+    if as_json:
+        view.print_json({"ok": True, "root": uri, "results": [row.model_dump(mode="json") for row in rows]})
+    elif rows:
+        Console().print(view.rows_table(rows))
+    else:
+        err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some")
+
+
+@results_app.command("best")
+@_guarded
+def results_best(
+    root: RootOpt = "",
+    metric: Annotated[str, typer.Option(help="Metric to judge by.")] = "top1",
+    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """The best result of a metric.
+
+    [bold]Example[/]: itpn results best --root runs/demo --metric top1
+    """
+    uri = storage.join(_root(root))
+    row = Registry(uri).best(metric, dataset=dataset, split=split)
+    if as_json:
+        view.print_json({"ok": True, "root": uri, "best": row.model_dump(mode="json")})
+    else:
+        Console().print(view.rows_table([row]))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _recipe(name: str, assignments: list[str]) -> tuple[Any, Config]:
+    module = recipes.load(name)
+    return module, module.Recipe().with_set(parse_assignments(assignments))
+
+
+def _root(root: str) -> str:
+    if not root:
+        raise ConfigError("no root was given", remedy="--root URI, or set ITPN_ROOT")
+    return root
+
+
+def _console(as_json: bool) -> Console:
+    return Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else _width())
+
+
+def _width() -> int:
+    return max(int(os.environ.get("COLUMNS", 0)), 140)
+
+
+def _finished(root: str, recipe: str, steps: list[Step]) -> bool:
+    return all(status.state is State.DONE for status in Runner(root, recipe, steps).plan())
+
+
+def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, as_json: bool) -> None:
+    code = exit_code(statuses)
+    ids = {status.step.id for status in statuses}
+    rows = [row for row in Registry(root).results(run=recipe) if row.step in ids]
+    if rows:
+        console.print()
+        console.print(view.results_table(rows))
+    done = [status for status in statuses if status.state is State.DONE]
+    new = sum(not status.reused for status in done)
+    console.print(f"\n{len(done)} of {len(statuses)} steps done, {new} of them in this run.")
+    for failed in (status for status in statuses if status.error):
+        err.print(f"\n[bold red]{failed.step.id} failed:[/] {escape(str(failed.error))}", soft_wrap=True)
+    if as_json:
+        view.print_json(
+            {
+                "ok": code == 0,
+                "exit_code": code,
+                "recipe": recipe,
+                "root": root,
+                "steps": view.status_json(root, statuses),
+                "results": [row.model_dump(mode="json") for row in rows],
+            }
+        )
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

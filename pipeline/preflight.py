@@ -1,0 +1,120 @@
+"""Checks before anything runs: every missing thing is listed with its remedy, not only the first."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster import storage
+from cluster.errors import ItpnError, PreflightError
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """Something a recipe needs.
+
+    Args:
+        name: what it is.
+        check: returns what was found when it is there, and raises ItpnError when it is not.
+    """
+
+    name: str
+    check: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check came to."""
+
+    name: str
+    ok: bool
+    text: str
+    remedy: str = ""
+    exit_code: int = 2
+
+
+def examine(requirements: list[Requirement]) -> list[Finding]:
+    """Run every check; none stops the others."""
+    findings = []
+    for requirement in requirements:
+        try:
+            findings.append(Finding(requirement.name, True, requirement.check()))
+        except ItpnError as error:
+            text = error.message if error.found is None else f"{error.message} (found: {error.found})"
+            findings.append(Finding(requirement.name, False, text, error.remedy or "", error.exit_code))
+    return findings
+
+
+def demand(requirements: list[Requirement]) -> None:
+    """Raise PreflightError that lists everything that is missing."""
+    missing = [finding for finding in examine(requirements) if not finding.ok]
+    if missing:
+        lines = [f"  - {f.name}: {f.text}\n      remedy: {f.remedy}" for f in missing]
+        count = f"{len(missing)} thing is" if len(missing) == 1 else f"{len(missing)} things are"
+        raise PreflightError(f"{count} missing:\n" + "\n".join(lines))
+
+
+def gpus(count: int, address: str | None = None) -> Requirement:
+    """At least `count` GPUs in the Ray cluster at `address`, or on this machine without one."""
+
+    def check() -> str:
+        found = _cluster_gpus(address) if address else _local_gpus()
+        if found < count:
+            raise PreflightError(
+                f"{count} GPUs are needed",
+                found=f"{found} {'in the cluster' if address else 'on this machine'}",
+                remedy="run on a GPU machine, join a cluster with --address HOST:PORT (or RAY_ADDRESS), "
+                "or ask for fewer with --set gpus=N",
+            )
+        return f"{found} GPUs"
+
+    return Requirement("GPUs", check)
+
+
+def readable(name: str, uri: str, remedy: str) -> Requirement:
+    """An object or folder that must be there."""
+
+    def check() -> str:
+        if not uri:
+            raise PreflightError("not given", remedy=remedy)
+        if not storage.exists(uri) and not storage.list_files(uri):
+            raise PreflightError("not there", found=f"nothing at {uri}", remedy=remedy)
+        return uri
+
+    return Requirement(name, check)
+
+
+def root(uri: str | None) -> Requirement:
+    """The root must be given, answer, and really refuse a second exclusive create."""
+
+    def check() -> str:
+        if not uri:
+            raise PreflightError(
+                "not given", remedy="--root URI (or ROOT=URI with make), e.g. s3://bucket/itpn"
+            )
+        storage.probe_preconditions(uri)
+        return f"{uri} answers and refuses a second exclusive create"
+
+    return Requirement("root", check)
+
+
+def default_address(address: str | None) -> str | None:
+    """The Ray cluster to use: the flag, else RAY_ADDRESS, else None (a local Ray)."""
+    return address or os.environ.get("RAY_ADDRESS") or None
+
+
+def _local_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _cluster_gpus(address: str) -> int:
+    from cluster.jobs import Session
+
+    session = Session(address)
+    try:
+        return int(session.capacity().get("GPU", 0))
+    finally:
+        session.close()

@@ -1,0 +1,86 @@
+"""What the ImageNet recipes share: machines, preflight, and the graph. A recipe file gives the values."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from cluster.resources import Resources
+from pipeline import preflight
+from pipeline.recipes._chain import Machines, fan_out, pretrain_step, shard_step
+from pipeline.step import Step
+from stages.config import Config, not_identity
+from stages.data.config import EvalDataConfig
+from stages.data.view import EvalView
+from stages.evaluate.config import EvaluateConfig
+from stages.finetune.config import FinetuneConfig
+from stages.pretrain.config import PretrainConfig
+from stages.shard.config import ShardConfig
+
+IMAGENET = ShardConfig(name="imagenet-1k", source="", shard_bytes=256 * 2**20)
+
+
+class ImageNetRecipe(Config):
+    """Pre-training on ImageNet-1K, then one fine-tuning job per resolution and seed, each evaluated."""
+
+    version: str = not_identity("v1")
+    data: ShardConfig = IMAGENET
+    pretrain: PretrainConfig
+    finetune: FinetuneConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    resolutions: tuple[int, ...] = Field(min_length=1)  # pixels, of fine-tuning and evaluation
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    gpus: int = not_identity(8, ge=1)  # of pre-training
+    finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
+    cpus_per_gpu: float = not_identity(8.0, gt=0)
+    shard_workers: int = not_identity(16, ge=1)
+
+
+def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
+    """shard → pretrain → resolutions × seeds → evaluate."""
+    gpu = {"cpus": config.cpus_per_gpu, "gpus": 1.0}
+    machines = Machines(
+        shard=Resources(workers=config.shard_workers),
+        pretrain=Resources(workers=config.gpus, **gpu),
+        finetune=Resources(workers=config.finetune_gpus, **gpu),
+        evaluate=Resources(workers=1, **gpu),
+    )
+    data = shard_step(config.data, config.version, machines.shard)
+    trained = pretrain_step(name, config.pretrain, data, config.version, machines.pretrain)
+    steps = []
+    for size in config.resolutions:
+        tuned = config.finetune.model_copy(
+            update={
+                "backbone": config.finetune.backbone.model_copy(update={"img_size": size}),
+                "data": config.finetune.data.model_copy(
+                    update={"view": config.finetune.data.view.model_copy(update={"size": size})}
+                ),
+            }
+        )
+        # The published evaluation crops the centre below 384 pixels and takes the whole image from there on.
+        view = EvalView(size=size, crop_pct=1.0 if size >= 384 else 0.875)
+        judged = config.evaluate.model_copy(
+            update={"data": EvalDataConfig(**{**config.evaluate.data.model_dump(), "view": view})}
+        )
+        jobs = {
+            f"{size}px-s{seed}": (tuned.model_copy(update={"seed": seed}), trained) for seed in config.seeds
+        }
+        steps += fan_out(name, jobs, judged, data, config.version, machines)
+    return steps
+
+
+def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:
+    """GPUs for the largest step, ImageNet, and the teacher."""
+    return [
+        preflight.gpus(max(config.gpus, config.finetune_gpus), address),
+        preflight.readable(
+            "data set",
+            config.data.source,
+            "--set data.source=URI of ILSVRC2012 as an ImageFolder tree, tar or zip (IMAGENET=URI with make)",
+        ),
+        preflight.readable(
+            "teacher",
+            config.pretrain.teacher.uri,
+            "--set pretrain.teacher.uri=PATH of CLIP ViT-L/14: OpenAI .pt, or a Hugging Face folder "
+            "(TEACHER=PATH with make)",
+        ),
+    ]

@@ -1,0 +1,121 @@
+"""The record written last beside every finished output: no record, no output.
+
+`plan.json` is written before a step first runs, so that resumable state of an unfinished step is never
+continued under another config; `record.json`, created exclusively, commits it. Both hold the fingerprint;
+one that differs from the step's is drift: an error, never a silent redo.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from cluster import storage
+from cluster.errors import AlreadyExists, DataInvalid, DriftError
+from pipeline.step import Step
+from stages.artifacts import Artifact, FileInfo
+
+SCHEMA = 1
+
+
+class InputRef(BaseModel):
+    """One input of a finished step."""
+
+    model_config = ConfigDict(frozen=True)
+    step: str
+    fingerprint: str
+
+
+class Record(BaseModel):
+    """Everything about one finished step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    schema_version: int = SCHEMA
+    step: str
+    fingerprint: str
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    artifact: Artifact
+    files: list[FileInfo]
+    metrics: dict[str, float]
+    notes: list[str]
+    recipe: str
+    attempt: str
+    lease_token: int
+    code_version: str
+    libraries: dict[str, str]
+    host: str
+    workers: int
+    started_at: str  # ISO 8601, UTC
+    finished_at: str
+    wall_s: float
+    cpu_seconds: float
+    gpu_seconds: float
+
+
+def record_uri(root: str, step: Step) -> str:
+    return storage.join(step.output(root), "record.json")
+
+
+def load(root: str, step: Step) -> Record | None:
+    """The step's record, or None while it is unfinished. Raises DriftError when it was made from another config."""
+    uri = record_uri(root, step)
+    if not storage.exists(uri):
+        return None
+    try:
+        record = Record.model_validate(storage.read_json(uri))
+    except ValueError as error:
+        raise DataInvalid(
+            f"the record of '{step.id}' cannot be read",
+            found=f"{uri}: {str(error).splitlines()[0]}",
+            remedy="it was not written by this version; restore it, or move the folder away to run the step again",
+        ) from None
+    _refuse_drift(step, record.fingerprint, record.identity, uri)
+    return record
+
+
+def begin(root: str, step: Step) -> None:
+    """Write the plan of a step that is about to run; raises DriftError when it was begun under another config."""
+    uri = storage.join(step.output(root), "plan.json")
+    plan = {"fingerprint": step.fingerprint, "identity": step.identity}
+    try:
+        storage.write_json_exclusive(uri, plan)
+    except AlreadyExists:
+        check_plan(root, step)
+
+
+def check_plan(root: str, step: Step) -> None:
+    """Raise DriftError when the step was begun, but not finished, under another config."""
+    uri = storage.join(step.output(root), "plan.json")
+    if storage.exists(uri):
+        begun = storage.read_json(uri)
+        _refuse_drift(step, begun["fingerprint"], begun["identity"], uri)
+
+
+def commit(root: str, step: Step, record: Record) -> None:
+    """Write the record, the commit mark. Raises AlreadyExists when another attempt was first."""
+    storage.write_exclusive(record_uri(root, step), storage.canonical_json(record.model_dump(mode="json")))
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """The leaves in which two JSON values differ, as (dotted path, old, new); a missing one is None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [(path, old, new)]
+
+
+def _refuse_drift(step: Step, fingerprint: str, identity: dict[str, Any], uri: str) -> None:
+    if fingerprint == step.fingerprint:
+        return
+    lines = [f"{path}: {old!r} -> {new!r}" for path, old, new in differences(identity, step.identity)]
+    raise DriftError(
+        f"'{step.id}' was made from another config ({uri})",
+        expected="the config it was made from",
+        found="\n            ".join(lines),
+        remedy="set the value back, or make a new output beside it with --set version=<new name>",
+    )

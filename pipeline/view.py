@@ -1,0 +1,245 @@
+"""What a run looks like: a live table on a terminal, lines elsewhere, and the table of results at the end."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import defaultdict
+from statistics import mean
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster import storage
+from cluster.errors import ItpnError
+from pipeline.registry import ResultRow
+from pipeline.runner import State, StepStatus
+
+_COLOURS = {
+    State.TODO: "dim",
+    State.WAITING: "yellow",
+    State.RUNNING: "cyan",
+    State.DONE: "green",
+    State.FAILED: "bold red",
+    State.BLOCKED: "red",
+    State.DRIFTED: "bold red",
+}
+
+
+class RunView:
+    """Follows a run: `changed` is the runner's callback, the progress of running steps is polled from storage."""
+
+    def __init__(self, root: str, statuses: list[StepStatus], console: Console, every_s: float = 5.0) -> None:
+        self._root, self._statuses, self._console, self._every_s = root, statuses, console, every_s
+        self._progress: dict[str, dict[str, Any]] = {}
+        self._told: dict[str, tuple[Any, ...]] = {}
+        self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
+        self._thread = threading.Thread(target=self._poll, name="view", daemon=True)
+
+    def __enter__(self) -> RunView:
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._end.set()
+        self._thread.join()
+        if self._live:
+            self._live.update(self._table(), refresh=True)
+            self._live.stop()
+
+    def changed(self, status: StepStatus) -> None:
+        """Tell that a step's state changed."""
+        if status.state is State.RUNNING:
+            self._progress.pop(status.step.id, None)
+        if self._live:
+            return
+        with self._lock:
+            if self._told.get(status.step.id) != (key := (status.state, status.note)):
+                self._told[status.step.id] = key
+                self._line(status)
+
+    def _poll(self) -> None:
+        last = time.monotonic()
+        while not self._end.wait(1.0):
+            for status in self._statuses:
+                if status.state is State.RUNNING:
+                    self._progress[status.step.id] = read_progress(self._root, status) or {}
+            if self._live:
+                self._live.update(self._table())
+            elif time.monotonic() - last >= self._every_s:
+                last = time.monotonic()
+                with self._lock:
+                    for status in self._statuses:
+                        if status.state is State.RUNNING:
+                            self._line(status)
+
+    def _line(self, status: StepStatus) -> None:
+        clock = time.strftime("%H:%M:%S")
+        detail = _detail(status, self._progress.get(status.step.id, {}))
+        self._console.print(
+            f"{clock}  {status.state.value:<8} {status.step.id}  {detail}",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
+        )
+
+    def _table(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for heading in ("step", "state", "progress", ""):
+            table.add_column(heading, no_wrap=True)
+        for status in self._statuses:
+            progress = self._progress.get(status.step.id, {}) if status.state is State.RUNNING else {}
+            total, done = progress.get("total") or 0, progress.get("done") or 0
+            bar: RenderableType = ProgressBar(total=total, completed=done, width=20) if total else Text("")
+            state = Text(status.state.value, style=_COLOURS[status.state])
+            table.add_row(status.step.id, state, bar, _detail(status, progress))
+        return Group(table)
+
+
+def read_progress(root: str, status: StepStatus) -> dict[str, Any] | None:
+    """The progress object of a step, if there is a readable one."""
+    try:
+        return storage.read_json(storage.join(status.step.output(root), "progress.json"))
+    except (ItpnError, ValueError, OSError):
+        return None
+
+
+def plan_table(root: str, statuses: list[StepStatus]) -> Table:
+    """Step, state, output and resources of every step."""
+    table = Table(title=None, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("step", "state", "output", "resources"):
+        table.add_column(heading, overflow="fold")
+    for status in statuses:
+        state = Text(status.state.value, style=_COLOURS[status.state])
+        table.add_row(status.step.id, state, status.step.output(root), str(status.step.resources))
+    return table
+
+
+def status_table(root: str, statuses: list[StepStatus]) -> Table:
+    """State and progress of every step, as storage has it."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("step", "state", ""):
+        table.add_column(heading, overflow="fold")
+    for status in statuses:
+        progress = (read_progress(root, status) or {}) if status.state is State.RUNNING else {}
+        state = Text(status.state.value, style=_COLOURS[status.state])
+        table.add_row(status.step.id, state, Text(_detail(status, progress)))
+    return table
+
+
+def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType:
+    """One line for each setting and seed, pretrained and scratch side by side; then the checkpoints."""
+    pairs: dict[tuple[str, int], dict[str, ResultRow]] = defaultdict(dict)
+    for row in rows:
+        if row.metric == metric:
+            pairs[(f"{row.dataset}/{row.split}", row.seed)][row.init] = row
+    table = Table(title=f"{metric} (%)", title_justify="left")
+    table.add_column("data")
+    for heading in ("seed", "pretrained", "scratch", "gain"):
+        table.add_column(heading, justify="right")
+    gains = []
+    for (data, seed), found in sorted(pairs.items()):
+        values = [found[init].value if init in found else None for init in ("pretrained", "scratch")]
+        gain = values[0] - values[1] if values[0] is not None and values[1] is not None else None
+        gains += [gain] if gain is not None else []
+        table.add_row(data, str(seed), *(_number(v) for v in values), _number(gain, "+"))
+    if len(gains) > 1:
+        means = [
+            mean(r.value for f in pairs.values() for r in f.values() if r.init == init)
+            for init in ("pretrained", "scratch")
+        ]
+        table.add_section()
+        table.add_row("mean", "", *(_number(v) for v in means), _number(mean(gains), "+"))
+    checkpoints = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("init", "seed", metric, "checkpoint"):
+        checkpoints.add_column(heading, overflow="fold", no_wrap=heading != "checkpoint")
+    for found in (pairs[key] for key in sorted(pairs)):
+        for row in found.values():
+            checkpoints.add_row(row.init, str(row.seed), _number(row.value), row.checkpoint)
+    return Group(table, Text(""), checkpoints)
+
+
+def rows_table(rows: list[ResultRow]) -> Table:
+    """Plain listing of result rows."""
+    table = Table()
+    for heading in ("created", "run", "data", "metric", "value", "init", "seed", "step", "checkpoint"):
+        table.add_column(
+            heading, justify="right" if heading in ("value", "seed") else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(
+            row.created_at[:19],
+            row.run,
+            f"{row.dataset}/{row.split}",
+            row.metric,
+            f"{row.value:.4g}",
+            row.init,
+            str(row.seed),
+            row.step,
+            row.checkpoint,
+        )
+    return table
+
+
+def status_json(root: str, statuses: list[StepStatus]) -> list[dict[str, Any]]:
+    """The machine-readable form of the statuses."""
+    return [
+        {
+            "step": s.step.id,
+            "state": s.state.value,
+            "reused": s.reused,
+            "output": s.step.output(root),
+            "resources": str(s.step.resources),
+            "fingerprint": s.step.fingerprint,
+            "note": s.note,
+            "error": str(s.error) if s.error else None,
+            "metrics": s.record.metrics if s.record else {},
+        }
+        for s in statuses
+    ]
+
+
+def print_json(payload: dict[str, Any]) -> None:
+    """The last line on stdout with --json: one JSON object."""
+    print(json.dumps(payload), flush=True)
+
+
+def _detail(status: StepStatus, progress: dict[str, Any]) -> str:
+    if status.state is State.DONE and status.record:
+        return ("already done" if status.reused else f"{status.record.wall_s:.0f} s") + _metrics(
+            status.record.metrics
+        )
+    if status.state is State.FAILED and status.error:
+        return status.error.message.splitlines()[0]
+    if status.state is not State.RUNNING or not progress:
+        return status.note
+    eta = progress.get("eta_s")
+    text = f"{progress['done']}/{progress['total']} {progress['unit']}"
+    return text + _metrics(progress.get("metrics", {})) + (f"  ETA {_clock(eta)}" if eta is not None else "")
+
+
+def _metrics(metrics: dict[str, Any]) -> str:
+    shown = []
+    for name, value in metrics.items():
+        if isinstance(value, int | float):
+            shown.append(f"{value:.0f} images/s" if name == "images_per_s" else f"{name} {value:.4g}")
+    return "".join("  " + item for item in shown[:5])
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "–" if value is None else f"{value:{sign}.2f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

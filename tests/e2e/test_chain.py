@@ -1,0 +1,131 @@
+"""The demo recipe, cut to a few steps, as a user runs it: a fresh process each time, a real Ray, real training."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import storage
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = [
+    "pretrain.schedule.steps=4",
+    "pretrain.checkpoint.save_every_steps=2",
+    "pretrain.global_batch=8",
+    "finetune.schedule.steps=3",
+    "finetune.global_batch=8",
+    "seeds=[0]",
+]
+
+
+def command(root: str, *extra: str) -> list[str]:
+    settings = [part for item in SMALL for part in ("--set", item)]
+    return [sys.executable, "-m", "pipeline", "run", "demo", "--root", root, "--json", *settings, *extra]
+
+
+def start(root: str, *extra: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(root, *extra), cwd=REPOSITORY, env=os.environ | env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> dict:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-4000:]
+    return json.loads(out.strip().splitlines()[-1])
+
+
+def attempts(root: str, step: str) -> int:
+    """How many attempts left files under the step's output."""
+    prefix = storage.join(root, step, "attempts")
+    return len({item.uri.removeprefix(prefix).split("/")[1] for item in storage.list_files(prefix)})
+
+
+@pytest.mark.timeout(420)
+def test_chain_runs_registers_and_is_recognised_as_done(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    first = finish(start(root))
+    assert {step["state"] for step in first["steps"]} == {"done"}
+    top1 = {row["init"]: row for row in first["results"] if row["metric"] == "top1"}
+    assert set(top1) == {"pretrained", "scratch"}
+    for row in top1.values():
+        assert 0 <= row["value"] <= 100 and row["dataset"] == "clipart-12" and row["split"] == "val"
+        assert storage.sha256_bytes(storage.read_bytes(row["checkpoint"])) == row["checkpoint_sha256"]
+    assert storage.exists(top1["pretrained"]["pretrain"]) and top1["scratch"]["pretrain"] is None
+
+    began = time.monotonic()
+    second = finish(start(root))
+    assert time.monotonic() - began < 20
+    assert all(step["reused"] for step in second["steps"])
+    assert second["results"] == first["results"]
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the whole process group, and wait until the children that Ray put elsewhere have followed."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    psutil.wait_procs(family, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_killed_at_any_stage_and_run_again_gives_the_same_results(tmp_path: Path) -> None:
+    undisturbed = finish(start(str(tmp_path / "undisturbed")))
+    root = str(tmp_path / "killed")
+    delays = random.Random(7)
+    finished: dict[str, str] = {}
+    for stage in ("shard", "pretrain", "finetune", "evaluate"):
+        process = start(root)
+        deadline = time.monotonic() + 300
+        # Wait until the stage has begun, then a moment more, so that the kill falls inside its work.
+        while not any(i.uri.endswith("plan.json") for i in storage.list_files(f"{root}/{stage}")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(delays.uniform(0.0, 8.0))
+        if process.poll() is None:
+            kill_group(process)
+        now = {
+            i.uri: storage.read_bytes(i.uri)
+            for i in storage.list_files(root)
+            if i.uri.endswith("/record.json")
+        }
+        assert all(now.get(uri) == text for uri, text in finished.items()), "a finished step was done again"
+        finished = now
+    resumed = finish(start(root))
+    for uri, text in finished.items():
+        assert storage.read_bytes(uri) == text, "a finished step was done again"
+
+    def figures(done: dict) -> dict[tuple, float]:
+        stable = {"top1", "top5", "loss"}
+        return {(r["step"], r["metric"]): r["value"] for r in done["results"] if r["metric"] in stable}
+
+    assert figures(resumed) == figures(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_runs_started_together_make_one_training(tmp_path: Path) -> None:
+    root = str(tmp_path / "root")
+    pair = [start(root), start(root)]
+    results = [finish(process)["results"] for process in pair]
+    assert results[0] == results[1]
+    assert attempts(root, "pretrain/demo/v1") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_chain_runs_on_a_real_s3_server(s3_root: str) -> None:
+    done = finish(start(s3_root))
+    assert {step["state"] for step in done["steps"]} == {"done"}
+    assert all(row["checkpoint"].startswith("s3://") for row in done["results"])

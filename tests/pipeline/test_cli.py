@@ -1,0 +1,106 @@
+"""The command line as a user meets it: help, JSON, and every wrong input with its message and exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def itpn(*arguments: str, cwd: Path = REPOSITORY, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("ITPN_", "AWS_", "RAY_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=cwd, env=clean | {"PYTHONPATH": str(REPOSITORY)} | env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def last_json(done: subprocess.CompletedProcess[str]) -> dict:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "command", [["run"], ["status"], ["doctor"], ["results", "list"], ["results", "best"]], ids=" ".join
+)
+def test_every_command_has_help_with_an_example(command: list[str]) -> None:
+    done = itpn(*command, "--help")
+    assert done.returncode == 0
+    assert "Example" in done.stdout and "--json" in done.stdout
+
+
+def test_dry_run_prints_step_state_output_and_resources(tmp_path: Path) -> None:
+    done = itpn("run", "demo", "--root", str(tmp_path), "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    steps = last_json(done)["steps"]
+    assert [s["state"] for s in steps] == ["to do"] * len(steps)
+    kinds = [s["step"].split("/")[0] for s in steps]
+    assert kinds.count("finetune") >= 4 and kinds.count("evaluate") == kinds.count("finetune")
+    assert steps[0]["output"].startswith(str(tmp_path)) and "CPU" in steps[0]["resources"]
+    assert "to do" in done.stderr and not any(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "dem", "--root", "x"], "did you mean 'demo'"),
+        (["run", "demo", "--root", "x", "--set", "pretrain.schedule.stepz=3"], "did you mean 'steps'"),
+        (["run", "demo", "--root", "x", "--set", "sedes=[1]"], "did you mean 'seeds'"),
+        (["run", "demo", "--root", "x", "--set", "seeds"], "KEY=VALUE"),
+        (["run", "demo", "--root", "x", "--only", "pretrian/demo"], "did you mean"),
+        (["run", "demo"], "--root URI"),
+        (["results", "list"], "--root URI"),
+        (["results", "best", "--root", "empty", "--metric", "top1"], "no result with metric 'top1'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_told_with_a_remedy_and_code_2(
+    arguments: list[str], told: str, tmp_path: Path
+) -> None:
+    done = itpn(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "remedy" in done.stderr or "expected" in done.stderr
+
+
+def test_error_with_json_is_an_object_on_stdout(tmp_path: Path) -> None:
+    done = itpn("run", "dem", "--root", str(tmp_path), "--json")
+    assert last_json(done) | {"error": ""} == {"ok": False, "exit_code": 2, "error": ""}
+
+
+def test_missing_source_folder_is_named(tmp_path: Path) -> None:
+    done = itpn("run", "demo", "--root", str(tmp_path), "--set", "data.source=/no/such/folder")
+    assert done.returncode == 2
+    assert "/no/such/folder" in done.stderr
+
+
+def test_pretrain_large_lists_everything_that_is_missing() -> None:
+    done = itpn("run", "pretrain_large")
+    assert done.returncode == 2
+    for thing in ("GPUs", "data set", "teacher", "root"):
+        assert thing in done.stderr
+    assert done.stderr.count("remedy:") == 4
+
+
+def test_doctor_reports_each_check_and_its_remedy(tmp_path: Path) -> None:
+    good = itpn("doctor", "--root", str(tmp_path), "--json")
+    assert good.returncode == 0, good.stderr
+    assert last_json(good)["ok"] is True
+    bad = itpn("doctor", "pretrain_large", "--root", str(tmp_path), "--json")
+    assert bad.returncode == 2
+    missing = [check["name"] for check in last_json(bad)["checks"] if not check["ok"]]
+    assert missing == ["GPUs", "data set", "teacher"]
+
+
+def test_unreachable_store_is_code_4() -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "ITPN_STORAGE_DEADLINE_S": "3"}
+    done = itpn("status", "demo", "--root", "s3://nowhere/x", **keys, **nobody)
+    assert done.returncode == 4, done.stderr
+    assert "remedy" in done.stderr

@@ -1,0 +1,143 @@
+"""The runner on toy stages and real local storage: what is done stays done, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import storage
+from cluster.errors import DriftError
+from pipeline.registry import Registry
+from pipeline.runner import Runner, State, exit_code
+from tests.pipeline import toys
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fresh_calls() -> None:
+    toys.CALLS.clear()
+    toys.ThreadSession.opened = 0
+
+
+def run(root: Path, **kwargs) -> list:
+    steps = kwargs.pop("steps", None) or toys.chain(**kwargs.pop("toy", {}))
+    return Runner(str(root), "toy", steps, open_session=toys.ThreadSession, **kwargs).run()
+
+
+def states(statuses: list) -> dict[str, State]:
+    return {status.step.id: status.state for status in statuses}
+
+
+def test_rerun_skips_finished_steps_and_opens_no_session(tmp_path: Path) -> None:
+    assert set(states(run(tmp_path)).values()) == {State.DONE}
+    assert len(toys.CALLS) == 4
+    again = run(tmp_path)
+    assert all(status.reused for status in again)
+    assert len(toys.CALLS) == 4
+    assert toys.ThreadSession.opened == 1
+
+
+def test_failure_stops_its_dependents_only(tmp_path: Path) -> None:
+    statuses = run(tmp_path, toy={"fail": "ours"})
+    assert states(statuses) == {
+        "finetune/a/v1": State.FAILED,
+        "evaluate/a/v1": State.BLOCKED,
+        "finetune/b/v1": State.DONE,
+        "evaluate/b/v1": State.DONE,
+    }
+    assert exit_code(statuses) == 5
+    assert sum("finetune/a" in call for call in toys.CALLS) == 1, "an error of ours is not retried"
+    assert storage.read_json(f"{tmp_path}/finetune/a/v1/failure.json")["exit_code"] == 5
+    healed = run(tmp_path)
+    assert set(states(healed).values()) == {State.DONE}
+    assert sum("finetune/b" in call for call in toys.CALLS) == 1
+
+
+def test_unexpected_error_is_told_with_its_text(tmp_path: Path) -> None:
+    statuses = run(tmp_path, toy={"fail": "theirs"})
+    failed = next(status for status in statuses if status.state is State.FAILED)
+    assert "a bug" in str(failed.error)
+    assert exit_code(statuses) == 1
+
+
+def test_changed_config_is_drift_and_names_the_field(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(DriftError, match=r"config\.value: 3\.0 -> 4\.0") as caught:
+        run(tmp_path, toy={"value": 4.0})
+    assert caught.value.exit_code == 2
+    assert "--set version" in str(caught.value)
+    assert set(states(run(tmp_path, toy={"value": 4.0, "version": "v2"})).values()) == {State.DONE}
+
+
+def test_begun_but_unfinished_step_is_not_continued_under_another_config(tmp_path: Path) -> None:
+    run(tmp_path, toy={"fail": "ours"})
+    with pytest.raises(DriftError, match="finetune/a/v1"):
+        run(tmp_path, toy={"value": 9.0})
+
+
+def test_events_lost_by_a_kill_between_record_and_registry_are_published_by_the_next_run(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path)
+    before = Registry(str(tmp_path)).results()
+    storage.delete_tree(f"{tmp_path}/registry")
+    run(tmp_path)
+    assert Registry(str(tmp_path)).results() == before
+    assert len(before) == 4
+
+
+def test_second_runner_waits_and_reuses_the_result(tmp_path: Path) -> None:
+    results: list = []
+    threads = [threading.Thread(target=lambda: results.append(run(tmp_path))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(toys.CALLS) == 4, "three runs together, each step once"
+    assert all(set(states(r).values()) == {State.DONE} for r in results)
+
+
+def test_no_wait_ends_with_code_3_when_another_runner_holds_the_lease(tmp_path: Path) -> None:
+    from cluster.lease import Lease
+
+    with Lease.acquire(f"{tmp_path}/finetune/a/v1/lease"):
+        statuses = run(tmp_path, wait_for_lease=False)
+    assert states(statuses)["finetune/a/v1"] is State.FAILED
+    assert exit_code(statuses) == 3
+
+
+_SLEEPER = """
+import sys, time
+sys.path.insert(0, {repository!r})
+from pipeline.runner import Runner
+from tests.pipeline import toys
+real = toys.train
+def slow(config, inputs, context):
+    print("began", flush=True)
+    time.sleep(60)
+slow.__module__, slow.__qualname__ = real.__module__, real.__qualname__
+toys.train = slow
+Runner({root!r}, "toy", toys.chain()[:1], open_session=toys.ThreadSession).run()
+"""
+
+
+def test_killed_runner_is_replaced_at_once(tmp_path: Path) -> None:
+    code = _SLEEPER.format(repository=str(REPOSITORY), root=str(tmp_path))
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert child.stdout is not None and child.stdout.readline() == "began\n"
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    began = time.monotonic()
+    statuses = run(tmp_path)
+    assert set(states(statuses).values()) == {State.DONE}
+    assert time.monotonic() - began < 20, "the dead holder's lease must not be waited for"

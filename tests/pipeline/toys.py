@@ -1,0 +1,115 @@
+"""A toy stage that does real, countable work, and a session that runs it in a thread instead of a Ray task."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from cluster import storage
+from cluster.errors import DataInvalid
+from cluster.resources import Resources
+from pipeline.step import Step
+from stages.artifacts import CheckpointRef, EvaluationRef, FileInfo, Measurement, Outcome
+from stages.config import Config, not_identity
+from stages.context import StageContext
+
+CALLS: list[str] = []
+_lock = threading.Lock()
+
+
+class ToyConfig(Config):
+    value: float = 1.0
+    seed: int = 0
+    init: str = "scratch"
+    fail: str = not_identity("")
+    workers: int = not_identity(1)
+
+
+def train(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
+    with _lock:
+        CALLS.append(context.out)
+    if config.fail == "ours":
+        raise DataInvalid("toy data are broken", expected="good", found="bad", remedy="mend them")
+    if config.fail == "theirs":
+        raise ValueError("a bug")
+    data = str(config.value).encode()
+    uri = storage.join(context.files, "weights")
+    storage.write_exclusive(uri, data)
+    digest = hashlib.sha256(data).hexdigest()
+    reference = CheckpointRef(
+        uri=uri, sha256=digest, bytes=len(data), step=1, task="classify", dataset="toy", data_fingerprint="d" * 64,
+        seed=config.seed, init=config.init, pretrain="p" if config.init == "pretrained" else None,
+    )  # fmt: skip
+    files = [FileInfo(path=uri.removeprefix(context.out + "/"), bytes=len(data), sha256=digest)]
+    return Outcome(artifact=reference, files=files, metrics={"loss": config.value})
+
+
+def evaluate(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
+    with _lock:
+        CALLS.append(context.out)
+    checkpoint = inputs["checkpoint"]
+    value = float(storage.read_bytes(checkpoint.uri))
+    reference = EvaluationRef(
+        dataset="toy", split="val", samples=10, evaluator=config.identity(), checkpoint=checkpoint,
+        measurements=[Measurement(metric="top1", value=value), Measurement(metric="loss", value=-value)],
+    )  # fmt: skip
+    return Outcome(artifact=reference, files=[], metrics={"top1": value})
+
+
+def chain(fail: str = "", value: float = 3.0, version: str = "v1") -> list[Step]:
+    """train/a -> evaluate/a and train/b -> evaluate/b; `fail` breaks train/a."""
+    steps = []
+    for name, init, broken in (("a", "pretrained", fail), ("b", "scratch", "")):
+        trained = Step(
+            kind="finetune", name=name, version=version, fn=train, retries=1,
+            config=ToyConfig(value=value if init == "pretrained" else 1.0, init=init, fail=broken),
+        )  # fmt: skip
+        steps.append(
+            Step(
+                kind="evaluate",
+                name=name,
+                version=version,
+                fn=evaluate,
+                config=ToyConfig(),
+                inputs={"checkpoint": trained},
+            )
+        )
+    return steps
+
+
+class ThreadJob:
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def result(self) -> Any:
+        return self.future.result()
+
+    def cancel(self) -> None:
+        self.future.cancel()
+
+
+class ThreadSession:
+    """The part of `cluster.jobs.Session` that the runner uses."""
+
+    opened = 0
+
+    def __init__(self) -> None:
+        type(self).opened += 1
+        self._pool = ThreadPoolExecutor(8)
+
+    def submit(self, fn: Callable[..., Any], *args: Any, resources: Resources, name: str) -> ThreadJob:
+        return ThreadJob(self._pool.submit(fn, *args))
+
+    def wait(self, jobs: list[ThreadJob], timeout_s: float) -> list[ThreadJob]:
+        for job in jobs:
+            try:
+                job.future.exception(timeout_s)
+            except TimeoutError:
+                continue
+        return [job for job in jobs if job.future.done()]
+
+    def close(self) -> None:
+        self._pool.shutdown()
