@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.resources import Resources
@@ -47,7 +48,7 @@ def pretrain_step(name: str, config: PretrainConfig, data: Step, version: str, r
 
 def fan_out(
     name: str,
-    jobs: dict[str, tuple[FinetuneConfig, Step | None]],
+    jobs: Mapping[str, tuple[FinetuneConfig, Step | None]],
     evaluation: EvaluateConfig,
     data: Step,
     version: str,

@@ -1,6 +1,6 @@
 """What the pipeline itself costs: looking at a finished recipe, appending to the registry, reading it back.
 
-    python bench/pipeline.py [--quick]
+    python bench/registry.py [--quick]
 
 The last line is one JSON object: `survey_ms_per_step` (records of a finished graph read and checked),
 `append_ms_per_row` and `read_ms_per_row` (registry on local files), medians of several repeats.
