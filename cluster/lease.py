@@ -52,9 +52,18 @@ class Holder:
     since: str  # ISO 8601, UTC
     ttl_s: float
     released: bool = False
+    beat_at: float = 0.0  # of its last beat, seconds since the epoch, by the store's clock
 
     def __str__(self) -> str:
-        return f"{self.owner}, process {self.pid} on {self.host} since {self.since}"
+        silent_s = max(time.time() - self.beat_at, 0.0)
+        return (
+            f"{self.owner}, process {self.pid} on {self.host} since {self.since}, "
+            f"last heard of {silent_s:.0f} s ago"
+        )
+
+    def looks_dead(self) -> bool:
+        """Whether its beat seems to stand still. Only a hint, since it compares two clocks."""
+        return time.time() - self.beat_at > 2 * self.ttl_s
 
     def is_neighbour(self) -> bool:
         """Whether the holder is another process of this machine."""
@@ -92,8 +101,9 @@ class Lease:
             uri_prefix: where the lease lives.
             owner: a name for people, by default the user's.
             ttl_s: after how many silent seconds another process may take over.
-            wait_s: how long to wait while another process holds it; 0 not at all (but half a second for
-                a process of this machine, which may be dying), None for ever.
+            wait_s: how long to wait while another process holds it; 0 not at all, None for ever. A holder
+                that is probably dead is always given the time to make sure: half a second for a process
+                of this machine, its ttl where the last beat looks old.
             on_wait: called with the holder when the wait begins and now and then while it lasts.
 
         Raises:
@@ -113,7 +123,12 @@ class Lease:
                     return lease
                 continue  # another contender was quicker
             waited_s = time.monotonic() - began
-            limit_s = wait_s if wait_s is None or not holder.is_neighbour() else max(wait_s, DYING_S)
+            limit_s = wait_s
+            if limit_s is not None:
+                # Never longer than it takes to be sure of a death that is likely; else no process that does
+                # not wait could ever follow one that died elsewhere.
+                likely_s = DYING_S if holder.is_neighbour() else 0.0
+                limit_s = max(limit_s, 1.2 * holder.ttl_s if holder.looks_dead() else likely_s)
             if limit_s is not None and waited_s >= limit_s:
                 raise LeaseHeld(
                     f"{prefix} is held by {holder}",
@@ -226,7 +241,7 @@ def _claim(prefix: str, token: int, owner: str, ttl_s: float) -> Holder | None:
         # So slow that later tenures came, and this number was pruned in between.
         storage.delete(_uri(prefix, token, "json"))
         return None
-    return _holder(token, facts)
+    return _holder(token, facts, released=False, beat_at=time.time())
 
 
 def _latest(prefix: str) -> Holder | None:
@@ -237,21 +252,23 @@ def _latest(prefix: str) -> Holder | None:
             facts = storage.read_json(_uri(prefix, token, "json"))
         except NotFound:
             continue  # pruned since the listing, so there are higher ones
-        return _holder(token, facts, released="released" in tokens[token])
+        written = tokens[token]
+        return _holder(token, facts, "released" in written, max(written.values()))
     return None
 
 
-def _holder(token: int, facts: dict, released: bool = False) -> Holder:
-    return Holder(token=token, released=released, **{k: v for k, v in facts.items() if k != "id"})
+def _holder(token: int, facts: dict, released: bool, beat_at: float) -> Holder:
+    facts = {name: value for name, value in facts.items() if name != "id"}
+    return Holder(token=token, released=released, beat_at=beat_at, **facts)
 
 
-def _tokens(prefix: str, deadline_s: float | None = None) -> dict[int, set[str]]:
-    """Every tenure there is, and the kinds of its objects."""
-    tokens: dict[int, set[str]] = {}
+def _tokens(prefix: str, deadline_s: float | None = None) -> dict[int, dict[str, float]]:
+    """Every tenure there is: the kinds of its objects, and when each was written."""
+    tokens: dict[int, dict[str, float]] = {}
     for item in storage.list_files(prefix, deadline_s=deadline_s):
         number, _, kind = item.uri.rpartition("/")[2].partition(".")
         if number.isdigit():
-            tokens.setdefault(int(number), set()).add(kind)
+            tokens.setdefault(int(number), {})[kind] = item.mtime
     return {token: kinds for token, kinds in tokens.items() if "json" in kinds}
 
 

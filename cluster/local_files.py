@@ -21,8 +21,17 @@ from cluster.hashing import sha256_bytes
 
 TEMPORARY = ".tmp-"  # prefix of names that are never listed: writes in flight, or left by a killed process
 
-# What NFS and other network file systems raise for a while and then not any more.
-_TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY}
+# What NFS and other network file systems raise for a while and then not any more; ENOTEMPTY: somebody wrote
+# into a folder that is being deleted.
+_TRANSIENT = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EBUSY,
+    errno.ENOTEMPTY,
+}
 
 
 class LocalFiles:
@@ -130,6 +139,10 @@ class LocalFiles:
         """Whether the same call may succeed a little later."""
         return isinstance(error, OSError) and error.errno in _TRANSIENT
 
+    def missing(self, error: FileNotFoundError) -> bool:
+        """Whether the error says that the object is missing, and not what should contain it."""
+        return True
+
     def describe(self, error: Exception) -> str:
         """The error in one line."""
         return str(error)
@@ -181,6 +194,10 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield temporary
+    except FileNotFoundError:
+        if not path.parent.exists():  # somebody deleted it since: writing again makes it again
+            raise OSError(errno.EAGAIN, "the folder was deleted meanwhile", str(path.parent)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -103,7 +103,7 @@ class S3Objects:
         try:
             self._request("put_object", path, timeout_s, Body=data, IfMatch=version)
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if not self.missing(error):
                 raise
             return False
         except OSError as error:
@@ -146,7 +146,7 @@ class S3Objects:
         try:
             self._request("delete_object", path, timeout_s)
         except FileNotFoundError as error:
-            if _code(error) == "NoSuchBucket":
+            if not self.missing(error):
                 raise
 
     def delete_tree(self, path: str, timeout_s: float) -> None:
@@ -167,6 +167,10 @@ class S3Objects:
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return status == 429 or (status >= 500 and status != 501) or _code(error) in _TRANSIENT_CODES
         return isinstance(error, self._transient) and not isinstance(error, self._fatal)
+
+    def missing(self, error: FileNotFoundError) -> bool:
+        """Whether the error says that the object is missing, and not its bucket."""
+        return _code(error) != "NoSuchBucket"
 
     def describe(self, error: Exception) -> str:
         """The error in one line; for a call that ran out of time, what went wrong inside it."""

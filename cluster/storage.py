@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import os
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from cluster.errors import (
     StorageUnavailable,
 )
 from cluster.hashing import canonical_json, sha256_bytes, sha256_file
-from cluster.local_files import LocalFiles
+from cluster.local_files import TEMPORARY, LocalFiles
 from cluster.range_file import RangeFile
 from cluster.retry import DeadlineExceeded, retry
 from cluster.s3_objects import S3Objects
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 
 PROBE_DEADLINE_S = 20.0
 TELEMETRY_DEADLINE_S = 5.0
+TELEMETRY_PAUSE_S = 30.0
 SLOWEST_BYTES_PER_S = 1e6  # transfers get this much longer than the deadline
 READ_AHEAD_BYTES = 4 << 20  # one request of open_read; at 100 MB/s it takes as long as two round trips
 TREE_THREADS = 4
@@ -141,12 +143,22 @@ def write_json_exclusive(uri: str, obj: Any) -> str:
 
 
 def write_telemetry(uri: str, obj: Any) -> None:
-    """Overwrite a small JSON object that only informs (progress, failures). Never raises, tries for 5 s."""
+    """Overwrite a small JSON object that only informs (progress, failures). Never raises.
+
+    Tries for 5 s; when that was in vain, does nothing for the next 30 s, so that an outage of the store
+    hardly slows the work that reports.
+    """
+    global _telemetry_pause_ends
+    began = time.monotonic()
+    if began < _telemetry_pause_ends:
+        return
     try:
         data = json.dumps(obj, default=str).encode()
         _call(uri, "put", data, False, deadline_s=TELEMETRY_DEADLINE_S)
     except Exception as error:
         log.debug("telemetry was not written: %s", error)
+        if time.monotonic() - began > TELEMETRY_DEADLINE_S / 2:
+            _telemetry_pause_ends = time.monotonic() + TELEMETRY_PAUSE_S
 
 
 def overwrite(uri: str, data: bytes, *, deadline_s: float | None = None) -> None:
@@ -197,7 +209,7 @@ def download_file(
     """
     local = Path(local)
     local.parent.mkdir(parents=True, exist_ok=True)
-    temporary = local.parent / f".{local.name[:100]}.{uuid.uuid4().hex}"
+    temporary = local.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     expected_bytes = size(uri)
     if bytes is not None and expected_bytes != bytes:
         raise _differs(uri, f"{bytes} bytes", f"{expected_bytes} bytes")
@@ -314,6 +326,7 @@ def _store(uri: str) -> tuple[Any, str]:
 
 
 _LOCAL = LocalFiles()
+_telemetry_pause_ends = 0.0
 _S3: dict[tuple[str | int | None, ...], S3Objects] = {}
 
 
@@ -392,7 +405,7 @@ def _call(
     except ItpnError:
         raise
     except FileNotFoundError as error:
-        if "bucket" in str(error).lower():
+        if not store.missing(error):
             _raise_refusal(store, uri, action, error)
         raise _not_found(uri) from None
     except FileExistsError:

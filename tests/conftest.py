@@ -14,10 +14,11 @@ from cluster import devstore
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running S3 server: the environment that reaches it, and a bucket in it."""
+    """A running S3 server: the environment that reaches it, a bucket in it, and its folder if it has one."""
 
     env: dict[str, str]
     bucket: str
+    folder: Path | None = None
 
     @property
     def url(self) -> str:
@@ -29,7 +30,7 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A SeaweedFS of this test process, on 127.0.0.1."""
     folder = tmp_path_factory.mktemp("seaweedfs")
     env = devstore.start(folder)
-    yield S3Server(env, env["ITPN_DEV_BUCKET"])
+    yield S3Server(env, env["ITPN_DEV_BUCKET"], folder)
     devstore.stop(folder)
 
 

@@ -13,7 +13,10 @@ import pytest
 
 from tests.conftest import S3Server
 
-UNAVAILABLE = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>'
+UNAVAILABLE = (
+    b'<?xml version="1.0" encoding="UTF-8"?>'
+    b"<Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>"
+)
 
 
 class FaultyProxy(ThreadingHTTPServer):
@@ -82,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward
 
     def log_message(self, *_: Any) -> None:
         pass

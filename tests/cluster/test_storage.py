@@ -51,6 +51,11 @@ def test_json_is_canonical(any_root):
         storage.canonical_json({"loss": float("nan")})
 
 
+def test_a_missing_local_file_below_a_folder_named_bucket_is_only_missing(tmp_path):
+    with pytest.raises(NotFound):
+        storage.read_bytes(str(tmp_path / "bucket" / "x"))
+
+
 def test_broken_json_and_missing_objects_are_data_errors(any_root):
     uri = storage.join(any_root, "x.json")
     for read in (
@@ -72,7 +77,7 @@ def test_second_exclusive_create_is_refused_and_changes_nothing(any_root):
     uri = storage.join(any_root, "record.json")
     storage.write_exclusive(uri, b"first")
     storage.write_exclusive(uri, b"first")  # the same bytes: a retry of ours
-    with pytest.raises(AlreadyExists, match="record.json"):
+    with pytest.raises(AlreadyExists, match=r"record\.json"):
         storage.write_exclusive(uri, b"second")
     assert storage.read_bytes(uri) == b"first"
 
@@ -113,6 +118,17 @@ def test_delete_removes_what_is_there_and_minds_nothing_else(any_root):
     storage.delete_tree(storage.join(any_root, "t"))
     storage.delete_tree(storage.join(any_root, "t"))
     assert [item.uri for item in storage.list_files(any_root)] == [storage.join(any_root, "tt")]
+
+
+def test_writers_and_deleters_of_a_local_tree_do_not_trip_each_other(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    root = tmp_path / "root"
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(storage.overwrite, str(root / f"a/{i % 7}"), b"x") for i in range(200)]
+        deletes = [pool.submit(storage.delete_tree, str(root)) for _ in range(50)]
+        for job in writes + deletes:
+            job.result()
 
 
 def test_listing_and_deleting_go_beyond_one_page(seaweedfs_root, monkeypatch):

@@ -20,7 +20,7 @@ def test_refused_requests_are_repeated_until_they_succeed(proxy, moto_root):
         lambda: storage.list_files(moto_root),
         lambda: storage.delete(uri),
     ):
-        proxy.refuse = 2
+        proxy.refuse = 1
         operation()
         assert proxy.refuse == 0
     assert storage.list_files(moto_root) == []
@@ -81,6 +81,16 @@ def test_a_store_that_ignores_preconditions_fails_the_probe(proxy, moto_root):
 def test_real_stores_pass_the_probe(real_root):
     storage.probe_preconditions(real_root)
     assert storage.list_files(real_root) == []
+
+
+def test_an_outage_costs_telemetry_one_attempt_only(moto_root, monkeypatch):
+    monkeypatch.setattr(storage, "TELEMETRY_DEADLINE_S", 0.4)
+    monkeypatch.setattr(storage, "_telemetry_pause_ends", 0.0)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    began = time.monotonic()
+    for _ in range(100):
+        storage.write_telemetry(storage.join(moto_root, "progress.json"), {"done": 1})
+    assert time.monotonic() - began < 5
 
 
 def test_a_dead_endpoint_is_named(moto_root, monkeypatch):
