@@ -57,7 +57,10 @@ def start(folder: Path) -> dict[str, str]:
                 except StorageUnavailable:  # another program may have taken one of the free ports
                     if attempt == 3:
                         raise
-        return _environment(folder)
+        environment = _environment(folder)
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+        _write_private(folder / "env", "\n".join(lines) + "\n")
+        return environment
 
 
 def stop(folder: Path) -> bool:
@@ -116,8 +119,6 @@ def _launch(folder: Path) -> None:
                 remedy=f"read {folder / 'server.log'}",
             )
         time.sleep(0.1)
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in _environment(folder).items()]
-    _write_private(folder / "env", "\n".join(lines) + "\n")
 
 
 def _environment(folder: Path) -> dict[str, str]:

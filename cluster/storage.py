@@ -167,7 +167,10 @@ def overwrite(uri: str, data: bytes, *, deadline_s: float | None = None) -> None
 
 
 def replace_if(uri: str, data: bytes, version: str) -> bool:
-    """Write the object if it still has `version` (of `read_versioned`); False when it changed or is gone."""
+    """Write the object if it still has `version` (of `read_versioned`); False when it changed or is gone.
+
+    Equal contents are equal versions: where going back and forth matters, put a counter or an id into `data`.
+    """
     if _call(uri, "put_if", data, version, transfer_bytes=len(data)):
         return True
     try:
