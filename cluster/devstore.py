@@ -31,6 +31,7 @@ import psutil
 from cluster.errors import ConfigError, ItpnError, StorageUnavailable
 
 BUCKET = "itpn"
+BUSY_S = 20.0  # a running server that does not answer for so long is replaced
 START_TIMEOUT_S = 60.0  # 3 s on an idle machine
 # Left alone it waits 15 s for its own subscriptions to end. Every answered write is with the operating system
 # by then, so killing it loses nothing.
@@ -48,7 +49,7 @@ def start(folder: Path) -> dict[str, str]:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        if _running(folder) is None or not _healthy(_state(folder)["ports"]["s3.port"]):
+        if not _answers_in_time(folder):
             _stop(folder)
             for attempt in (1, 2, 3):
                 try:
@@ -158,6 +159,18 @@ def _running(folder: Path) -> psutil.Process | None:
     except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
         return None
     return process if alive else None
+
+
+def _answers_in_time(folder: Path) -> bool:
+    """Whether the server runs and answers; a busy one, that somebody uses, is given time."""
+    deadline = time.monotonic() + BUSY_S
+    while _running(folder) is not None:
+        if _healthy(_state(folder)["ports"]["s3.port"]):
+            return True
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return False
 
 
 def _state(folder: Path) -> dict:
