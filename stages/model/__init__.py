@@ -7,6 +7,7 @@ from stages.model.config import (
     MigrationConfig,
     ObjectiveConfig,
     TeacherConfig,
+    accelerated,
     backbone_config,
     sizes,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "TeacherConfig",
     "sizes",
     "backbone_config",
+    "accelerated",
     "build_backbone",
     "Classifier",
     "MaskedFeatureModel",
