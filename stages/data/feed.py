@@ -20,7 +20,7 @@ from cluster.errors import ConfigError, DataInvalid
 from stages.data.dataset import ShardDataset
 from stages.data.decode import BadImage
 from stages.data.order import Order
-from stages.data.prefetch import Failure, prefetch
+from stages.data.prefetch import Failure, prefetch, shareable
 from stages.data.rng import Purpose, mix
 from stages.data.view import EvalView, TrainView
 
@@ -89,7 +89,7 @@ class _Loader:
 
     def load(self, ids: np.ndarray, epoch: int, step: int) -> Batch:
         size = self.view.size
-        images = torch.empty((len(ids), size, size, 3), dtype=torch.uint8)
+        images = shareable(len(ids), size, size, 3)
         labels = np.empty(len(ids), np.int64)
         bad = []
         draws = self.view.draws(self.seed, epoch, ids)

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from stages.config import Config
 from stages.data.crop import Box, crop_draws, eval_sizes, random_resized_crop
-from stages.data.decode import decode, probe
+from stages.data.decode import Header, decode, probe
+from stages.data.region import decode_region
 
 
 class TrainView(Config):
@@ -45,14 +46,8 @@ class TrainView(Config):
             scale=(self.min_scale, self.max_scale),
             ratio=(self.min_ratio, self.max_ratio),
         )
-        side = self.size * self.scaled_decode
-        pixels = decode(
-            data,
-            header,
-            min_height=math.ceil(header.height * side / box.height),
-            min_width=math.ceil(header.width * side / box.width),
-        )
-        return resize(cut(pixels, _scaled(box, header.height, header.width, pixels)), self.size, self.size)
+        pixels = decode_crop(data, header, box, min_side=math.ceil(self.size * self.scaled_decode))
+        return resize(pixels, self.size, self.size)
 
 
 class EvalView(Config):
@@ -75,16 +70,37 @@ class EvalView(Config):
         return resize(pixels, height, width)[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
-def cut(pixels_HWC: np.ndarray, box: Box) -> np.ndarray:
-    """The box's pixels, not copied."""
-    return pixels_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
+def decode_crop(data: bytes, header: Header, box: Box, *, min_side: int) -> np.ndarray:
+    """uint8 (h, w, 3): the box's pixels, at 1/2, 1/4 or 1/8 of their size where both sides stay >= `min_side`.
+
+    Raises BadImage.
+    """
+    if min(box.height, box.width) >= 2 * min_side:
+        pixels = decode(
+            data,
+            header,
+            min_height=math.ceil(header.height * min_side / box.height),
+            min_width=math.ceil(header.width * min_side / box.width),
+        )
+        box = _scaled(box, header.height, header.width, pixels)
+    else:
+        region = None
+        # A file without its end marker is decoded whole, so that its being cut short is noticed.
+        if header.turbo and header.orientation == 1 and b"\xff\xd9" in data[-64:]:
+            region = decode_region(data, box)
+        if region is not None:
+            return region
+        pixels = decode(data, header)
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
 def resize(pixels_HWC: np.ndarray, height: int, width: int) -> torch.Tensor:
     """Bicubic, antialiased: uint8 (H, W, 3) → uint8 (height, width, 3)."""
     if pixels_HWC.shape[:2] == (height, width):
         return torch.from_numpy(np.ascontiguousarray(pixels_HWC))
-    image_BCHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC)).permute(2, 0, 1)[None]
+    # The batch axis comes first: added after the permutation it would get a stride that torch does not take
+    # for channels-last, and its kernel would repack the pixels twice (0.22 ms instead of 0.14 for 224 x 224).
+    image_BCHW = torch.from_numpy(np.ascontiguousarray(pixels_HWC))[None].permute(0, 3, 1, 2)
     resized = functional.interpolate(image_BCHW, (height, width), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0)
 
