@@ -61,8 +61,8 @@ bench: $(READY) ## every benchmark (QUICK=1 for a minute each)
 	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick); done
 
 pretrain-base pretrain-large: pretrain-%: $(READY) ## pre-train at scale: IMAGENET=URI TEACHER=URI ROOT=URI [SET="a.b=c …"]
-	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter runs/demo,$(ROOT)),,$(ROOT))" \
-	  $(if $(IMAGENET),--set data.source=$(IMAGENET)) $(if $(TEACHER),--set teacher.uri=$(TEACHER)) $(FLAGS)
+	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" \
+	  $(if $(IMAGENET),--set data.source=$(IMAGENET)) $(if $(TEACHER),--set pretrain.teacher.uri=$(TEACHER)) $(FLAGS)
 
 lock: ## pin what is installed in .venv now
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^torch==\([0-9.]*\)+.*/torch==\1/' | grep -v '^-e ' > requirements.lock

@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 
 from cluster.errors import StorageUnavailable
@@ -122,9 +123,9 @@ class LocalFiles:
         with _reading(path):
             shutil.copyfile(path, target)
 
-    def find(self, path: str, timeout_s: float) -> list[tuple[str, int, float]]:
-        """Path, size and mtime of every file below the folder `path`; nothing without the folder."""
-        return list(_walk(path))
+    def find(self, path: str, most: int | None, timeout_s: float) -> list[tuple[str, int, float]]:
+        """Path, size and mtime of the files below the folder `path`, at most `most`; nothing without the folder."""
+        return list(islice(_walk(path), most))
 
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the file, if it is there."""

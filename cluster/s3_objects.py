@@ -124,8 +124,8 @@ class S3Objects:
             path, str(target), chunksize=DOWNLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
         )
 
-    def find(self, path: str, timeout_s: float) -> list[tuple[str, int, float]]:
-        """Path, size and mtime of every object below `path`, in pages of the store's own listing."""
+    def find(self, path: str, most: int | None, timeout_s: float) -> list[tuple[str, int, float]]:
+        """Path, size and mtime of the objects below `path`, at most `most`, in pages of the store's own listing."""
         bucket, _, key = path.partition("/")
         found: list[tuple[str, int, float]] = []
         page: dict[str, Any] = {}
@@ -138,8 +138,8 @@ class S3Objects:
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # some stores list folders
                     found.append((f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()))
-            if not page.get("IsTruncated"):
-                return found
+            if not page.get("IsTruncated") or (most is not None and len(found) >= most):
+                return found[:most]
 
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the object, if it is there."""
@@ -152,7 +152,7 @@ class S3Objects:
     def delete_tree(self, path: str, timeout_s: float) -> None:
         """Remove every object below `path`."""
         bucket = path.partition("/")[0]
-        keys = [item[0].partition("/")[2] for item in self.find(path, timeout_s)]
+        keys = [item[0].partition("/")[2] for item in self.find(path, None, timeout_s)]
         for begin in range(0, len(keys), DELETE_BATCH):
             batch = {"Objects": [{"Key": key} for key in keys[begin : begin + DELETE_BATCH]], "Quiet": True}
             answer = self._s3fs().call_s3("delete_objects", Bucket=bucket, Delete=batch, timeout=timeout_s)

@@ -248,9 +248,11 @@ def open_read(uri: str) -> BinaryIO:
     return io.BufferedReader(RangeFile(read_range, join(uri), size(uri)), READ_AHEAD_BYTES)
 
 
-def list_files(uri_prefix: str, *, deadline_s: float | None = None) -> list[ObjectInfo]:
-    """Every object below the prefix, recursively, sorted by URI; [] when there is none."""
-    items = _call(uri_prefix, "find", deadline_s=deadline_s)
+def list_files(
+    uri_prefix: str, *, most: int | None = None, deadline_s: float | None = None
+) -> list[ObjectInfo]:
+    """The objects below the prefix, recursively, sorted by URI; [] when there is none. `most` ends it early."""
+    items = _call(uri_prefix, "find", most, deadline_s=deadline_s)
     scheme = "s3://" if join(uri_prefix).startswith("s3://") else ""
     return sorted(
         (ObjectInfo(scheme + path, size, mtime) for path, size, mtime in items), key=lambda item: item.uri

@@ -78,7 +78,7 @@ def readable(name: str, uri: str, remedy: str) -> Requirement:
     def check() -> str:
         if not uri:
             raise PreflightError("not given", remedy=remedy)
-        if not storage.exists(uri) and not storage.list_files(uri):
+        if not storage.exists(uri) and not storage.list_files(uri, most=1):
             raise PreflightError("not there", found=f"nothing at {uri}", remedy=remedy)
         return uri
 

@@ -21,7 +21,7 @@ from stages.data.config import DataConfig, EvalDataConfig
 from stages.data.view import EvalView, TrainView
 from stages.evaluate.config import EvaluateConfig
 from stages.finetune.config import FinetuneConfig, MixConfig
-from stages.model.config import TeacherConfig, backbone_config
+from stages.model.config import ObjectiveConfig, TeacherConfig, backbone_config
 from stages.pretrain.config import PretrainConfig
 from stages.shard.config import ShardConfig
 from stages.train.config import CheckpointConfig, OptimiserConfig, ScheduleConfig
@@ -39,6 +39,7 @@ class Recipe(Config):
     )
     pretrain: PretrainConfig = PretrainConfig(
         backbone=backbone_config("fast_itpn_micro"),
+        objective=ObjectiveConfig(fpn_dim=64),
         teacher=TeacherConfig(uri=str(ASSETS / "clip-micro")),
         data=DataConfig(view=TrainView(size=96, min_scale=0.35), streams=8),
         global_batch=64,

@@ -125,7 +125,7 @@ def test_two_runs_started_together_make_one_training(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_chain_runs_on_a_real_s3_server(s3_root: str) -> None:
-    done = finish(start(s3_root))
+def test_chain_runs_on_a_real_s3_server(seaweedfs_root: str) -> None:
+    done = finish(start(seaweedfs_root))
     assert {step["state"] for step in done["steps"]} == {"done"}
     assert all(row["checkpoint"].startswith("s3://") for row in done["results"])
