@@ -57,7 +57,7 @@ def shareable(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.tensor([], dtype=dtype).set_(storage, 0, shape)
+    return torch.tensor([], dtype=dtype).set_(storage).view(shape)
 
 
 def prefetch(
