@@ -32,6 +32,7 @@ from stages.train.config import CheckpointConfig
 
 log = logging.getLogger(__name__)
 FORMAT = 1
+Load = Callable[[dict[str, Any], Callable[[str], Path]], None]  # (manifest, open_file)
 
 
 @dataclass
@@ -189,38 +190,46 @@ class Checkpoints:
         found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
         return sorted({int(name) for name in found if len(name) == 9 and name.isdigit()})
 
-    def restore_newest(
-        self, load: Callable[[dict[str, Any], Callable[[str], Path]], None]
-    ) -> dict[str, Any] | None:
+    def restore_newest(self, fill: Load, activate: Load) -> dict[str, Any] | None:
         """*Collective.* Load the newest checkpoint that can be read in full, and return its manifest.
 
-        `load(manifest, open_file)` fills this rank's state. A checkpoint that turns out damaged on any rank is
-        passed over for the one before, on all of them. None when there is none at all. Raises DriftError when
-        the newest belongs to another config.
+        `fill(manifest, open_file)` reads this rank's state and may raise DataInvalid on one rank alone; when it
+        has on none, all ranks call `activate`. A checkpoint that is damaged is set aside (its manifest goes to
+        `checkpoints/damaged/`) for the one before. None when there is none at all. Raises DriftError when the
+        newest belongs to another config.
         """
         steps = distributed.on_rank_zero(self.steps)
         damage: list[str] = []
         for step in reversed(steps):
             manifest = distributed.on_rank_zero(partial(self.read, step))
             self._refuse_drift(manifest)
-            error: DataInvalid | None = None
             with tempfile.TemporaryDirectory(prefix="itpn-restore-", dir=self.config.local_dir) as folder:
+                open_file = opener(self.out, manifest, Path(folder))
+                error: DataInvalid | None = None
                 try:
-                    load(manifest, opener(self.out, manifest, Path(folder)))
+                    fill(manifest, open_file)
                 except DataInvalid as found:
                     error = found
-            bad = [text for text in distributed.gather_objects(str(error) if error else None) if text]
-            if not bad:
-                return manifest
-            log.warning("checkpoint %d cannot be used, trying the one before: %s", step, bad[0])
+                bad = [text for text in distributed.gather_objects(str(error) if error else None) if text]
+                if not bad:
+                    activate(manifest, open_file)
+                    return manifest
             damage += bad
+            log.warning("checkpoint %d cannot be used, trying the one before: %s", step, bad[0])
+            distributed.on_rank_zero(partial(self._set_aside, manifest, bad))
         if damage:
             raise DataInvalid(
                 "no checkpoint of this run can be read",
                 found=damage[0],
-                remedy=f"restore the files under {storage.join(self.out, 'checkpoints')}, or start a new version",
+                remedy=f"look at {storage.join(self.out, 'checkpoints', 'damaged')}, or start a new version",
             )
         return None
+
+    def _set_aside(self, manifest: dict[str, Any], damage: list[str]) -> None:
+        name = f"{manifest['step']:09d}-{manifest['attempt']}.json"
+        note = storage.canonical_json({**manifest, "damage": damage})
+        storage.overwrite(storage.join(self.out, "checkpoints", "damaged", name), note)
+        storage.delete(manifest_uri(self.out, manifest["step"]))
 
     def read(self, step: int) -> dict[str, Any]:
         """The manifest of one committed step."""

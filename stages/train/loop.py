@@ -275,7 +275,7 @@ class Trainer:
         verdict = self.guard.judge_step(loss, reason, step=self.step, has_checkpoint=self._have_checkpoint)
         if verdict == "roll back":
             self.checkpoints.drain()
-            manifest = self.checkpoints.restore_newest(self._load_weights)
+            manifest = self.checkpoints.restore_newest(self._fill, self._activate_elsewhere)
             assert manifest is not None, "a checkpoint was committed"
             note = (
                 f"rolled back to the weights of step {manifest['step']}; data up to step {self.step} skipped"
@@ -314,7 +314,7 @@ class Trainer:
             points.drain()
 
     def _resume(self) -> None:
-        manifest = self.checkpoints.restore_newest(self._load_all)
+        manifest = self.checkpoints.restore_newest(self._fill, self._activate)
         if manifest is None:
             return
         self.step, self._have_checkpoint = manifest["step"], True
@@ -323,16 +323,16 @@ class Trainer:
         self.checkpoints.segments = list(manifest["metrics"])
         log.info("resuming at step %d", self.step)
 
-    def _load_all(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
-        names = [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]
-        if not state.restore(self.engine, names, open_file, manifest["scalars"]):
+    def _fill(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
+        state.fill(self.engine, _names(manifest), open_file)
+
+    def _activate(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
+        if not state.activate(self.engine, _names(manifest), open_file, manifest["scalars"]):
             self._seed_generators(manifest["step"])
 
-    def _load_weights(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
-        names = [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]
-        state.restore(self.engine, names, open_file, manifest["scalars"])
-        # Other random numbers than those that led here.
-        self._seed_generators(self.step)
+    def _activate_elsewhere(self, manifest: dict[str, Any], open_file: Callable[[str], Path]) -> None:
+        state.activate(self.engine, _names(manifest), open_file, manifest["scalars"])
+        self._seed_generators(self.step)  # other random numbers than those that led here
 
     def _seed_generators(self, step: int = 0) -> None:
         seed = int.from_bytes(
@@ -402,3 +402,7 @@ class Trainer:
             storage.upload_file(Path(folder) / name, storage.join(self.out, "pictures", name))
         if self.sink:
             self.sink.image(self.step, "picture", image)
+
+
+def _names(manifest: dict[str, Any]) -> list[str]:
+    return [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]

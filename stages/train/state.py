@@ -56,23 +56,20 @@ def write_files(files: dict[str, dict[str, Tensor]], folder: Path) -> list[Path]
     return paths
 
 
-def restore(
-    engine: Engine, files: Sequence[str], open_file: Callable[[str], Path], scalars: dict[str, Any]
-) -> bool:
-    """Fill the engine from a checkpoint.
+def fill(engine: Engine, files: Sequence[str], open_file: Callable[[str], Path]) -> None:
+    """Fill this rank's fragments and buffers from a checkpoint. Calls no collective, so that a rank may fail alone.
 
     Args:
-        engine: its fragments, buffers and optimiser are overwritten.
+        engine: its fragments and buffers are overwritten; `activate` must follow.
         files: names of all files of the checkpoint.
         open_file: gives the verified local copy of one of them; called only for those that are needed.
-        scalars: what `Engine.scalars` gave when the checkpoint was made.
 
-    Returns whether this rank's random state was restored too, which needs the world size it was saved with.
     Raises DataInvalid when the files do not hold every number of the model.
     """
-    world = engine.world
-    own = rank_file(world.rank)
+    own = rank_file(engine.world.rank)
     saved_ranks = sorted(name for name in files if name.startswith("rank-"))
+    for fragment in engine.fragments:
+        fragment.filled.clear()
     todo = {id(f): f for f in engine.fragments}
     # The own file first: with an unchanged layout it is all that is needed.
     for name in [*([own] if own in files else []), *(n for n in saved_ranks if n != own)]:
@@ -91,11 +88,22 @@ def restore(
     for name, buffer in _buffers(engine):
         if f"buffer|{name}" in common:
             buffer.copy_(common[f"buffer|{name}"])
+
+
+def activate(
+    engine: Engine, files: Sequence[str], open_file: Callable[[str], Path], scalars: dict[str, Any]
+) -> bool:
+    """*Collective.* Make what `fill` read the state that training goes on from.
+
+    `scalars` is what `Engine.scalars` gave when the checkpoint was made. Returns whether this rank's random
+    state was restored too, which needs the world size it was saved with.
+    """
     engine.after_load(scalars)
-    if own in files and len(saved_ranks) == world.world_size:
-        _set_random_state(open_file(own), world.device)
-        return True
-    return False
+    ranks = sum(name.startswith("rank-") for name in files)
+    if ranks != engine.world.world_size:
+        return False
+    _set_random_state(open_file(rank_file(engine.world.rank)), engine.world.device)
+    return True
 
 
 def consolidate(

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 TOY = Path(__file__).with_name("toy.py")
 
 
-def start(world_size: int, spec: dict[str, Any], folder: Path, script: Path = TOY) -> list[subprocess.Popen]:
+def start(world_size: int, spec: Any, folder: Path, script: Path = TOY) -> list[subprocess.Popen]:
     """One process per rank, running `script SPEC.json`; stderr goes to `folder/rank-N.err`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"spec-{uuid.uuid4().hex[:8]}.json"
@@ -29,6 +29,8 @@ def start(world_size: int, spec: dict[str, Any], folder: Path, script: Path = TO
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "ATTEMPT": attempt,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu",
+            # The same arithmetic on every CPU: no kernels chosen by instruction set.
+            "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE",
         }  # fmt: skip
         with open(folder / f"rank-{rank}.err", "w") as errors:
             processes.append(
@@ -52,7 +54,7 @@ def wait(processes: list[subprocess.Popen], timeout_s: float = 90) -> list[int]:
     return [p.returncode for p in processes]
 
 
-def run(world_size: int, spec: dict[str, Any], folder: Path, timeout_s: float = 90, script: Path = TOY) -> list[int]:
+def run(world_size: int, spec: Any, folder: Path, timeout_s: float = 90, script: Path = TOY) -> list[int]:
     """`start` and `wait`."""
     return wait(start(world_size, spec, folder, script), timeout_s)
 
@@ -60,3 +62,8 @@ def run(world_size: int, spec: dict[str, Any], folder: Path, timeout_s: float = 
 def errors(folder: Path) -> str:
     """What the ranks wrote to stderr."""
     return "\n".join(path.read_text() for path in sorted(folder.glob("rank-*.err")))
+
+
+def results(path: Path, world_size: int) -> list[dict[str, Any]]:
+    """What each rank wrote as its result."""
+    return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(world_size)]

@@ -1,4 +1,4 @@
-"""A small training run as a script: `python toy.py SPEC.json`, one process per rank. Used by the tests beside it.
+"""Small training runs as a script: `python toy.py SPEC.json`, one process per rank. Used by the tests beside it.
 
 The model has drop-out (so that random state matters) and a buffer; samples are made from their ids.
 """
@@ -23,6 +23,8 @@ from cluster import distributed
 from cluster.errors import ItpnError
 from stages.train.config import LoopConfig
 from stages.train.loop import Trainer
+from stages.train.optim import parameter_groups
+from stages.train.schedule import make_schedule
 
 STEPS_PER_EPOCH = 5
 
@@ -41,7 +43,9 @@ class Batch:
         size = len(self.images) // parts
         for i in range(parts):
             cut = slice(i * size, (i + 1) * size)
-            yield replace(self, images=self.images[cut], labels=self.labels[cut], sample_ids=self.sample_ids[cut])
+            yield replace(
+                self, images=self.images[cut], labels=self.labels[cut], sample_ids=self.sample_ids[cut]
+            )
 
 
 class Feed:
@@ -107,28 +111,70 @@ class ToyTask:
         return batch.images[0].numpy()
 
 
+def plain_ddp(spec: dict, world: distributed.World, config: LoopConfig) -> dict:
+    """The same run by torch's DistributedDataParallel and AdamW alone: what ZeRO is compared with."""
+    schedule = make_schedule(config.schedule, config.optimiser.lr, STEPS_PER_EPOCH)
+    task = ToyTask(spec, world)
+    module = task.module
+    groups = parameter_groups(module, config.optimiser)
+    names = [group.pop("names") for group in groups]
+    assert names
+    optimiser = torch.optim.AdamW(groups, betas=config.optimiser.betas, eps=config.optimiser.eps)
+    model = nn.parallel.DistributedDataParallel(module)
+    losses = []
+    for step, batch in enumerate(Feed(spec, world, (0, 0), schedule.total_steps)):
+        loss = task.losses(model, batch, step)["loss"]
+        loss.backward()
+        if config.engine.clip_grad:
+            nn.utils.clip_grad_norm_(module.parameters(), config.engine.clip_grad)
+        for group in optimiser.param_groups:
+            group["lr"] = schedule.lr(step) * group["lr_scale"]
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(distributed.all_reduce_sum(loss.detach().double()).item() / world.world_size)
+    return {"losses": losses}
+
+
+def train(spec: dict, world: distributed.World) -> dict:
+    config = LoopConfig.parse(spec["loop"])
+    if spec.get("mode") == "ddp":
+        return plain_ddp(spec, world, config)
+    trainer = Trainer(
+        task=ToyTask(spec, world), config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,
+        make_feed=lambda start, end: Feed(spec, world, start, end),
+        out=spec["out"], attempt=f"{os.environ['ATTEMPT']}{spec.get('name', '')}", identity=config.identity(),
+        data_fingerprint=spec.get("data", ["toy"] * world.world_size)[world.rank],
+    )  # fmt: skip
+    result = trainer.train()
+    texts = [Path(spec["out"], part["path"]).read_text() for part in result["metrics"]]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    result["losses"] = [line["loss"] for line in lines if "loss" in line]
+    result["events"] = [line for line in lines if "event" in line]
+    return result
+
+
 def main() -> int:
-    spec = json.loads(Path(sys.argv[1]).read_text())
+    """Run one spec, or a list of them one after the other; the results (or errors) go to the files they name."""
+    specs = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = (
+        False  # its kernels differ from one CPU to the next; the golden curve must not
+    )
     torch.use_deterministic_algorithms(True)
+    code = 0
     try:
-        world = distributed.init(timeout_s=spec.get("timeout_s", 60), use_gpu=False)
-        config = LoopConfig.parse(spec["loop"])
-        trainer = Trainer(
-            task=ToyTask(spec, world), config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,
-            make_feed=lambda start, steps: Feed(spec, world, start, steps),
-            out=spec["out"], attempt=os.environ["ATTEMPT"], identity=config.identity(),
-            data_fingerprint=spec.get("data", ["toy"] * world.world_size)[world.rank],
-        )  # fmt: skip
-        result = trainer.train()
-        if world.rank == 0 and "result" in spec:
-            Path(spec["result"]).write_text(json.dumps(result))
-    except ItpnError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        for spec in specs if isinstance(specs, list) else [specs]:
+            world = distributed.init(timeout_s=spec.get("timeout_s", 60), use_gpu=False)
+            try:
+                result, code = train(spec, world), 0
+            except ItpnError as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                result, code = {"error": type(error).__name__, "message": str(error)}, error.exit_code
+            if "result" in spec:
+                Path(f"{spec['result']}.{world.rank}").write_text(json.dumps(result))
     finally:
         distributed.shutdown()
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""The loop on two real processes. One launch runs many scenarios, since starting DeepSpeed takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import storage
+from tests.stages.train import ranks
+
+CURVE = Path(__file__).with_name("data") / "curve.json"
+BASE: dict[str, Any] = {
+    "global_batch": 8,
+    "schedule": {"steps": 8},
+    "optimiser": {"lr": 0.01},
+    "checkpoint": {"save_every_steps": 4},
+}
+
+
+def scenarios(root: Path) -> dict[str, dict[str, Any]]:
+    def loop(**changes: Any) -> dict[str, Any]:
+        return BASE | changes
+
+    guard = {"max_bad_steps": 2, "max_rollbacks": 1}
+    specs: dict[str, dict[str, Any]] = {
+        "golden": {"loop": loop(schedule={"steps": 30, "warmup_steps": 5}, checkpoint={}, ema_decay=0.9)},
+        "ddp": {"mode": "ddp", "dropout": 0, "loop": loop()},
+        **{f"zero{z}": {"dropout": 0, "loop": loop(engine={"zero_stage": z})} for z in range(4)},
+        "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
+        "nan": {"nan_at": [3], "loop": loop()},
+        "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
+        "diverges": {"nan_at": [5, 6, 7, 8], "loop": loop(schedule={"steps": 12}, guard=guard)},
+        "recovers": {"nan_at": [5, 6], "loop": loop(guard=guard)},
+        "spike": {"spike_at": [6], "loop": loop(guard={"spike_factor": 3, "spike_window": 5})},
+        "terminated": {"terminate_at": 5, "loop": loop()},
+        "other data": {"data": ["one", "another"], "loop": loop()},
+        "odd batch": {"loop": loop(global_batch=7)},
+    }
+    for name, spec in specs.items():
+        spec |= {
+            "name": name.replace(" ", ""),
+            "out": str(root / name),
+            "result": str(root / f"{name}.result"),
+        }
+    # The same output folder again: it goes on where it was told to stop.
+    specs["resumed"] = {**specs["terminated"], "result": str(root / "resumed.result"), "name": "resumed"}
+    del specs["resumed"]["terminate_at"]
+    specs["undisturbed"] = {
+        **specs["resumed"],
+        "out": str(root / "undisturbed"),
+        "result": str(root / "undisturbed.result"),
+    }
+    changed = {**specs["nan"], "result": str(root / "changed.result")}
+    specs["changed"] = changed | {"loop": loop(optimiser={"lr": 0.02}), "name": "changed"}
+    return specs
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    root = tmp_path_factory.mktemp("loop")
+    specs = scenarios(root)
+    codes = ranks.run(2, list(specs.values()), root / "processes", timeout_s=150)
+    text = ranks.errors(root / "processes")
+    assert codes[0] == codes[1] and "Traceback" not in text, text
+    return root, {name: ranks.results(root / f"{name}.result", 2) for name in specs}
+
+
+def test_golden_curve_of_30_steps_is_reproduced_exactly(ran):
+    found = [loss.hex() for loss in ran[1]["golden"][0]["losses"]]
+    assert len(found) == 30
+    if not CURVE.exists():
+        CURVE.write_text(json.dumps(found, indent=0))
+    assert found == json.loads(CURVE.read_text())
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "pieces"])
+def test_every_zero_stage_takes_the_steps_of_plain_ddp(ran, name):
+    assert ran[1][name][0]["losses"] == pytest.approx(ran[1]["ddp"][0]["losses"], rel=2e-6)
+
+
+@pytest.mark.parametrize("name", ["nan", "gradient"])
+def test_bad_value_on_one_rank_is_applied_on_none(ran, name):
+    result = ran[1][name][0]
+    assert result["step"] == 8 and result["optimiser_steps"] == 7
+    assert [event["event"] for event in result["events"]] == ["step not applied"]
+    steps = [json.loads(line) for line in _metrics(ran[0] / name, result)]
+    assert [line["applied"] for line in steps if "loss" in line] == [True] * 3 + [False] + [True] * 4
+
+
+def test_bad_steps_in_a_row_roll_back_and_the_run_goes_on_past_them(ran):
+    result = ran[1]["recovers"][0]
+    assert result["rollbacks"] == 1 and result["step"] == 8
+    # Steps 1-4 count in the checkpoint rolled back to; the fifth is lost with it; 6 and 7 were bad; 8 is good.
+    assert result["optimiser_steps"] == 5
+    assert result["notes"] == ["rolled back to the weights of step 4; data up to step 7 skipped"]
+
+
+def test_divergence_ends_with_its_error_on_all_ranks_and_leaves_its_events(ran):
+    for result in ran[1]["diverges"]:
+        assert result["error"] == "TrainingDiverged" and "after 1 roll-backs" in result["message"]
+    paths = sorted((ran[0] / "diverges" / "metrics").glob("*.jsonl"))
+    assert paths[-1].name.endswith("-diverged.jsonl")
+    lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    events = [line["event"] for line in lines if "event" in line]
+    assert events == ["step not applied"] * 2 + ["rolled back"] + ["step not applied"] * 2
+
+
+def test_spike_is_not_applied(ran):
+    result = ran[1]["spike"][0]
+    assert result["optimiser_steps"] == 7 and "recent median" in result["events"][0]["reason"]
+
+
+def test_sigterm_saves_and_the_next_try_ends_as_if_nothing_had_happened(ran):
+    root, results = ran
+    assert {r["error"] for r in results["terminated"]} == {"Stopped"}
+    assert "after step 6 of 8" in results["terminated"][0]["message"]
+    assert results["resumed"][0]["losses"] == results["undisturbed"][0]["losses"]
+    assert _hashes(root / "terminated", 8) == _hashes(root / "undisturbed", 8)
+
+
+def test_ranks_that_disagree_on_the_data_say_so(ran):
+    for result in ran[1]["other data"]:
+        assert result["error"] == "ConfigError"
+        assert "disagree on the data" in result["message"] and "ranks 0: one" in result["message"]
+
+
+def test_batch_that_the_ranks_cannot_share_is_refused(ran):
+    assert "a multiple of the number of ranks" in ran[1]["odd batch"][0]["message"]
+
+
+def test_checkpoints_of_another_config_are_not_resumed(ran):
+    result = ran[1]["changed"][0]
+    assert result["error"] == "DriftError"
+    assert "optimiser.lr = 0.01" in result["message"] and "optimiser.lr = 0.02" in result["message"]
+
+
+def test_only_the_last_checkpoints_are_kept_and_nothing_of_the_others(ran):
+    folder = ran[0] / "golden" / "checkpoints"
+    kept = sorted(path.stem for path in folder.glob("*.json"))
+    assert kept == ["000000025", "000000030"]
+    assert sorted({path.parent.name[:9] for path in folder.glob("files/*/*")}) == kept
+
+
+def _metrics(out: Path, result: dict[str, Any]) -> list[str]:
+    return [line for part in result["metrics"] for line in (out / part["path"]).read_text().splitlines()]
+
+
+def _hashes(out: Path, step: int) -> dict[str, str]:
+    manifest = storage.read_json(str(out / "checkpoints" / f"{step:09d}.json"))
+    return {info["path"].rsplit("/", 1)[1]: info["sha256"] for info in manifest["files"]}
