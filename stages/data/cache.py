@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import storage
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataInvalid, NotFound
 
 _STALE_S = 3600.0
+_TRIES = 3  # downloads of a shard that arrives with a wrong size or hash
 
 
 class ShardCache:
@@ -32,6 +33,8 @@ class ShardCache:
 
     def ensure(self, uri: str, *, size: int, sha256: str) -> Path:
         """The path of a verified copy of the shard, downloading it first if need be.
+
+        Another process may evict it before the caller opens it; then call again.
 
         Raises ConfigError when the shard alone exceeds the cache, DataInvalid when the stored shard is not
         what the manifest says, StorageUnavailable when the store does not answer.
@@ -49,13 +52,29 @@ class ShardCache:
         with self._lock(sha256):
             if self._trusted(copy, stamp, size):
                 return copy  # another process was faster
-            intact = copy.exists() and copy.stat().st_size == size and storage.sha256_file(copy) == sha256
+            # Others may evict a copy at any instant, but nobody else fetches this one while we hold its lock.
+            intact = False
+            with contextlib.suppress(FileNotFoundError):
+                intact = copy.stat().st_size == size and storage.sha256_file(copy) == sha256
             if not intact:
                 copy.unlink(missing_ok=True)
                 self._make_room(size)
-                storage.download_file(uri, copy, sha256=sha256, bytes=size)
-            self._write_stamp(copy, stamp)
+                self._download(uri, copy, size, sha256)
+            with contextlib.suppress(FileNotFoundError):
+                self._write_stamp(copy, stamp)
         return copy
+
+    def _download(self, uri: str, copy: Path, size: int, sha256: str) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                storage.download_file(uri, copy, sha256=sha256, bytes=size)
+                return
+            except NotFound:
+                raise
+            except DataInvalid:
+                # Damaged on its way, or in the store: only another try can tell.
+                if not left:
+                    raise
 
     def _trusted(self, copy: Path, stamp: Path, size: int) -> bool:
         try:

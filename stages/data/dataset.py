@@ -23,6 +23,7 @@ from stages.data.config import CacheConfig
 from stages.data.manifest import INDEX_SCHEMA, Manifest, Shard, load_manifest, resolve
 
 _READERS = 16  # range requests in flight when there is no cache
+_TRIES = 3  # reads of an answer that is shorter than asked for
 
 
 class Sample(NamedTuple):
@@ -115,6 +116,16 @@ class ShardDataset:
             for sample_id, content in zip(ids.tolist(), data, strict=True)
         ]
 
+    @property
+    def cached(self) -> bool:
+        """Whether shards are remote and copied to a local cache."""
+        return self._cache_config.folder is not None and any("://" in uri for uri in self.uris)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Capacity of the cache."""
+        return self._cache_config.max_bytes
+
     def fetch(self, shard: int) -> None:
         """Bring a shard into the cache, if there is one and the shard is remote."""
         self._local(shard)
@@ -154,10 +165,11 @@ class ShardDataset:
 
     def _read_range(self, sample_id: int) -> bytes:
         shard, size = int(self._shard[sample_id]), int(self._size[sample_id])
-        content = storage.read_range(self.uris[shard], int(self._offset[sample_id]), size)
-        if len(content) != size:
-            raise self._damaged(shard, f"{len(content)} of {size} bytes at {self._offset[sample_id]}")
-        return content
+        for _ in range(_TRIES):
+            content = storage.read_range(self.uris[shard], int(self._offset[sample_id]), size)
+            if len(content) == size:
+                return content
+        raise self._damaged(shard, f"{len(content)} of {size} bytes at {self._offset[sample_id]}")
 
     def _damaged(self, shard: int, found: str) -> DataInvalid:
         return DataInvalid(

@@ -21,6 +21,7 @@ from stages.data.dataset import ShardDataset
 from stages.data.decode import BadImage
 from stages.data.order import Order
 from stages.data.prefetch import Failure, prefetch, shareable
+from stages.data.read_ahead import ReadAhead
 from stages.data.rng import Purpose, mix
 from stages.data.view import EvalView, TrainView
 
@@ -152,6 +153,7 @@ class _Feed:
         self.replaced = 0  # samples replaced so far
         self.bad: dict[int, tuple[str, str]] = {}  # sample id -> (key, reason)
         self._bad_limit = bad_limit
+        self._read_ahead: ReadAhead | None = None
         self._batches = prefetch(
             loader, cursors, workers=workers, pin_memory=pin and torch.cuda.is_available()
         )
@@ -166,6 +168,8 @@ class _Feed:
         if isinstance(batch, Failure):
             self.close()
             raise batch.error
+        if self._read_ahead is not None:
+            self._read_ahead.advance((batch.epoch, batch.step))
         self.replaced += batch.replaced
         self.bad.update({sample_id: (key, reason) for sample_id, key, reason in batch.bad})
         if len(self.bad) > self._bad_limit:
@@ -183,6 +187,8 @@ class _Feed:
 
     def close(self) -> None:
         """Stop the threads and processes; safe to call twice."""
+        if self._read_ahead is not None:
+            self._read_ahead.close()
         self._batches.close()
 
     def __enter__(self) -> Self:
@@ -240,13 +246,17 @@ class TrainFeed(_Feed):
         ends = [epochs * order.steps_per_epoch] if epochs is not None else []
         ends += [max_steps] if max_steps is not None else []
         end = min(ends) if ends else None
+        position = start[0] * order.steps_per_epoch + start[1]
         super().__init__(
-            _TrainLoader(dataset, view, seed, True, order, rank, world_size),
-            _cursors(start[0] * order.steps_per_epoch + start[1], end, order.steps_per_epoch),
+            _TrainLoader(dataset, view, seed, True, order.copy(), rank, world_size),
+            _cursors(position, end, order.steps_per_epoch),
             loader_workers,
             int(max_bad_fraction * len(dataset)),
             pin_memory,
         )
+        if dataset.cached:
+            cursors = _cursors(position, end, order.steps_per_epoch)
+            self._read_ahead = ReadAhead(dataset, order.copy(), rank, world_size, cursors)
 
 
 class EvalFeed(_Feed):

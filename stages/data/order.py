@@ -104,6 +104,16 @@ class Order:
         """The shard of each sample id."""
         return np.searchsorted(self.first_id, sample_ids, side="right") - 1
 
+    def copy(self) -> Order:
+        """The same order with plans of its own: an object may serve one thread only."""
+        return Order(
+            self.shard_samples.tolist(),
+            seed=self.seed,
+            streams=self.streams,
+            global_batch=self.global_batch,
+            window=self.window,
+        )
+
     def _plan(self, epoch: int, stream: int) -> np.ndarray:
         length = self.samples // self.streams
         shards = self._shard_orders.get(epoch)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cluster.errors import StepFailed
 
+_PATIENCE_S = 5.0
 _AHEAD = 2  # results that wait, per thread or process
 
 
@@ -107,7 +108,7 @@ def _in_thread(function: Callable[[Any], Any], arguments: Iterator[Any], pin_mem
 
     def close() -> None:
         stop.set()
-        thread.join()
+        thread.join(_PATIENCE_S)  # a daemon: one that hangs in a dead store is left behind
 
     return Results(results(), close)
 

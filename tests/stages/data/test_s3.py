@@ -1,0 +1,118 @@
+"""Reading from a real S3 server (SeaweedFS), through a network that fails."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cluster import storage
+from cluster.errors import StorageUnavailable
+from stages.artifacts import DatasetRef
+from stages.data.config import CacheConfig
+from stages.data.dataset import ShardDataset
+from stages.data.feed import Batch, TrainFeed
+from stages.data.order import Order
+from stages.data.view import TrainView
+from tests.conftest import S3Server
+from tests.stages.data.faulty_s3 import FAULTS, faulty_s3
+from tests.stages.images import shard_folder
+
+STATED_RATE = 0.3  # of all GET requests; each is retried until it succeeds or the deadline passes
+VIEW = TrainView(size=32)
+
+
+@pytest.fixture
+def remote(seaweedfs_root: str, image_folder: Path) -> DatasetRef:
+    """The tiny data set, sharded straight to SeaweedFS."""
+    return shard_folder(image_folder, storage.join(seaweedfs_root, "shards"), shard_samples=8)  # type: ignore[arg-type]
+
+
+def collect(dataset: ShardDataset, **options: int) -> list[Batch]:
+    order = Order(dataset.shard_samples, seed=1, streams=2, global_batch=6, window=2)
+    with TrainFeed(dataset, order, VIEW, seed=5, epochs=2, **options) as feed:
+        return list(feed)
+
+
+def cache_of(tmp_path: Path, cached: bool) -> CacheConfig:
+    return CacheConfig(folder=str(tmp_path / "cache") if cached else None, max_bytes=2**20)
+
+
+def test_remote_shards_are_those_of_a_local_run(remote: DatasetRef, tiny_dataset: DatasetRef) -> None:
+    assert remote.manifest.startswith("s3://")
+    assert remote.fingerprint == tiny_dataset.fingerprint
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "ranges"])
+def test_a_failing_network_changes_no_sample(
+    remote: DatasetRef,
+    tiny_dataset: DatasetRef,
+    seaweedfs: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: bool,
+) -> None:
+    undisturbed = collect(ShardDataset.open(tiny_dataset.manifest, "train"))
+    with faulty_s3(seaweedfs.url, STATED_RATE) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        found = collect(ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached)))
+        if not cached:
+            assert all(proxy.seen[fault] for fault in FAULTS), proxy.seen
+    assert len(found) == len(undisturbed) == 10
+    for left, right in zip(found, undisturbed, strict=True):
+        assert torch.equal(left.sample_ids, right.sample_ids)
+        assert torch.equal(left.images, right.images)
+        assert torch.equal(left.labels, right.labels)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "ranges"])
+def test_a_dead_network_is_a_clear_error_within_the_deadline(
+    remote: DatasetRef,
+    seaweedfs: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cached: bool,
+) -> None:
+    dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached))
+    monkeypatch.setenv("ITPN_STORAGE_DEADLINE_S", "2")
+    with faulty_s3(seaweedfs.url, 1.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        began = time.monotonic()
+        with pytest.raises(StorageUnavailable, match=r"s3://.*train-00000"):
+            dataset.read(np.arange(4))
+        assert time.monotonic() - began < 20
+
+
+def test_a_cached_shard_is_read_without_the_network(
+    remote: DatasetRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(tmp_path, True)
+    first = ShardDataset.open(remote.manifest, "train", cache).read(np.arange(30))
+    dataset = ShardDataset.open(remote.manifest, "train", cache)
+    storage.delete_tree(remote.manifest.rsplit("/", 3)[0])
+    assert dataset.read(np.arange(30)) == first
+
+
+def test_a_rank_fetches_only_its_streams(remote: DatasetRef, tmp_path: Path) -> None:
+    dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, True))
+    order = Order(dataset.shard_samples, seed=1, streams=2, global_batch=6, window=2)
+    ids = np.concatenate([order.rank_batch(0, step, 0, 2) for step in range(order.steps_per_epoch)])
+    with TrainFeed(dataset, order, VIEW, seed=5, epochs=1, rank=0, world_size=2) as feed:
+        list(feed)
+    needed = {dataset.shards[shard].sha256 for shard in order.shard_of(ids)}
+    copied = {path.stem for path in (tmp_path / "cache").glob("*.tar")}
+    assert copied == needed and len(needed) < len(dataset.shards)
+
+
+def test_shards_are_fetched_ahead_of_need(remote: DatasetRef, tmp_path: Path) -> None:
+    dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, True))
+    order = Order(dataset.shard_samples, seed=1, streams=1, global_batch=2, window=1)
+    with TrainFeed(dataset, order, VIEW, seed=5, epochs=1) as feed:
+        next(feed)
+        deadline = time.monotonic() + 20
+        while len(list((tmp_path / "cache").glob("*.tar"))) < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(list((tmp_path / "cache").glob("*.tar"))) == 4, "the last shard is 13 batches away"
