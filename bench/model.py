@@ -1,12 +1,12 @@
 """Speed of the backbone: naive attention as published, ours dense, with migration, with gathering, with both.
 
-    python bench/model.py [--quick] [--size NAME] [--device cpu|cuda] [--threads N] [--rounds R]
+    python bench/model.py [--quick] [--only-large] [--size NAME] [--device cpu|cuda] [--clock wall|cpu]
 
 For every input size: images per second of forward and of forward + backward, FLOPs per image, peak memory.
 Variants take turns, and each one's fastest round counts, so that other load on the machine disturbs them alike.
-On a CPU, time is the CPU time of this process (one thread by default), for the same reason; on a GPU it is
-wall time between synchronisations, bf16 and compiled. `efficiency` is the share of the FLOPs saved that became
-time saved. The last line is JSON.
+On a GPU it is bf16 and compiled, on a CPU float32 and eager. `--clock cpu` counts the CPU time of this process
+in place of wall time (use it with `--threads 1` where others share the machine). `efficiency` is the share of the
+FLOPs saved that became time saved. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -85,9 +85,8 @@ def _status(field: str) -> str:
     return next(line.split()[1] for line in lines if line.startswith(field))
 
 
-def seconds(model: nn.Module, image: Tensor, train: bool) -> float:
+def seconds(model: nn.Module, image: Tensor, train: bool, clock: Callable[[], float]) -> float:
     """One forward, or one forward and backward."""
-    clock = time.perf_counter if image.is_cuda else time.process_time
     if image.is_cuda:
         torch.cuda.synchronize()
     start = clock()
@@ -111,6 +110,7 @@ def measure(
     batch: int,
     rounds: int,
     device: torch.device,
+    clock: Callable[[], float],
 ) -> dict[str, dict[str, float | None]]:
     """Seconds per image, FLOPs per image and peak bytes of each named variant."""
     models = {
@@ -126,14 +126,14 @@ def measure(
     rows: dict[str, dict[str, float | None]] = {}
     for name, (_, variant) in models.items():
         memory = peak_bytes(device)
-        warm = seconds(ready[name], image, train)
+        warm = seconds(ready[name], image, train, clock)
         if device.type == "cuda":
-            warm = min(seconds(ready[name], image, train) for _ in range(2))
+            warm = min(seconds(ready[name], image, train, clock) for _ in range(2))
         flops = backbone_flops(variant, pixels, pixels).total * (3 if train else 1)
         rows[name] = {"s": warm, "gflops": flops / 1e9, "peak_mib": (peak := memory()) and peak / 2**20}
     for _ in range(rounds - 1):
         for name, model in ready.items():
-            rows[name]["s"] = min(rows[name]["s"] or 0, seconds(model, image, train))
+            rows[name]["s"] = min(rows[name]["s"] or 0, seconds(model, image, train, clock))
     for row in rows.values():
         row["s"] = (row["s"] or 0) / batch
     return rows
@@ -173,16 +173,21 @@ def main() -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=None, help="default: 1 on a CPU, 8 on a GPU")
+    parser.add_argument(
+        "--batch", type=int, default=None, help="images at once (default: 2 on a CPU, 8 on a GPU)"
+    )
     parser.add_argument("--no-large", action="store_true", help="leave out B and L at 640")
+    parser.add_argument("--only-large", action="store_true", help="only B and L at 640")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("highest")
     device = torch.device(args.device)
     gpu = device.type == "cuda"
-    batch = args.batch or (8 if gpu else 1)
+    batch = args.batch or (8 if gpu else 2)
+    clock = time.process_time if args.clock == "cpu" and not gpu else time.perf_counter
     size = args.size or ("fast_itpn_large" if gpu else "fast_itpn_tiny")
     names = ["naive", "dense", "migration", "gathering", "both"]
     label = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
@@ -190,28 +195,40 @@ def main() -> None:
         "device": label,
         "size": size,
         "threads": args.threads,
+        "clock": args.clock,
+        "batch": batch,
         "dtype": "bfloat16" if gpu else "float32",
         "torch": torch.__version__,
     }
     config = backbone_config(size, drop_path=0.0)
-    common = {"batch": batch, "device": device}
+    common = {"device": device, "clock": clock}
     if args.quick:
         for train, key in ((False, "512"), (True, "512_train")):
             rows = measure(
-                config, 512, train=train, names=["naive", "dense"] if train else names, rounds=2, **common
+                config,
+                512,
+                train=train,
+                names=["naive", "dense"] if train else names,
+                rounds=2,
+                batch=batch,
+                **common,
             )
             report(figures, f"{size}, 512 pixels, {'training step' if train else 'forward'}", rows, key)
         print(json.dumps(figures))
         return
-    for pixels in args.pixels:
+    for pixels in () if args.only_large else args.pixels:
         for train in (False, True):
-            rows = measure(config, pixels, train=train, names=names, rounds=args.rounds, **common)
+            rows = measure(
+                config, pixels, train=train, names=names, rounds=args.rounds, batch=batch, **common
+            )
             text = f"{size}, {pixels} pixels, {'forward + backward' if train else 'forward'}"
             report(figures, text, rows, f"{pixels}_train" if train else str(pixels))
     if not args.no_large:
         for name in ("base", "large"):
             config = backbone_config(f"fast_itpn_{name}", drop_path=0.0)
-            rows = measure(config, 640, train=False, names=names[1:], rounds=2, **common)
+            rows = measure(
+                config, 640, train=False, names=names[1:], rounds=2, batch=8 if gpu else 1, **common
+            )
             report(figures, f"fast_itpn_{name}, 640 pixels, forward", rows, f"640_{name}")
     print(json.dumps(figures))
 

@@ -205,6 +205,7 @@ def test_bf16_stays_near_fp32(family):
         assert error < 0.02, f"{family} {more}: {error:.4f}"
 
 
+@pytest.mark.timeout(900)  # the first inductor run builds its kernels
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager(backend):
     both = {"migration": MigrationConfig(), "gathering": GatheringConfig(window=4, tokens=2)}

@@ -27,7 +27,7 @@ BOTH = {"migration": MigrationConfig(), "gathering": GatheringConfig(window=3, t
 
 
 def config(family="fast_itpn", **more):
-    return BackboneConfig(family=family, img_size=64, embed_dim=64, depths=(1, 1, 3), num_heads=1, **more)
+    return BackboneConfig(family=family, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1, **more)
 
 
 def save(folder, model):
@@ -51,9 +51,14 @@ def test_both_layouts_come_back_as_the_same_model(tmp_path, family):
 
 
 @needs_onnx
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("family", "more"),
-    [("fast_itpn", {}), ("fast_itpn", BOTH), pytest.param("itpn", BOTH, marks=pytest.mark.slow)],
+    [
+        ("fast_itpn", {}),
+        pytest.param("fast_itpn", BOTH, marks=pytest.mark.slow),
+        pytest.param("itpn", BOTH, marks=pytest.mark.slow),
+    ],
 )
 def test_onnx_classifier_and_features_agree_with_torch(tmp_path, family, more):
     uri = save(tmp_path / "m", Classifier(config(family, **more), 5, head_init_scale=1.0))
@@ -66,6 +71,7 @@ def test_onnx_classifier_and_features_agree_with_torch(tmp_path, family, more):
 
 
 @needs_onnx
+@pytest.mark.timeout(600)
 @pytest.mark.slow
 def test_onnx_of_the_pyramid_at_another_size(tmp_path):
     model = MaskedFeatureModel(config(), ObjectiveConfig(fpn_dim=32), 24)
