@@ -120,7 +120,7 @@ def _assign(data: dict[str, Any], key: str, text: str, required: Set[str] = froz
     for depth, part in enumerate([*parents, last]):
         if not isinstance(node, dict) or part not in node:
             where = ".".join(key.split(".")[:depth]) or "the config"
-            valid = list(node) if isinstance(node, dict) else []
+            valid = [*node, *(required if depth == 0 else ())] if isinstance(node, dict) else []
             raise ConfigError(
                 f"unknown key '{key}': {where} has no '{part}'",
                 found=part,
