@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import pickle
 import queue
@@ -135,9 +136,10 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _one_thread(worker: int) -> None:
+def _settle(worker: int) -> None:
     del worker
     torch.set_num_threads(1)
+    gc.freeze()  # what torch's import left behind need not be searched again (3 % of the time otherwise)
 
 
 def _in_processes(
@@ -150,7 +152,7 @@ def _in_processes(
         num_workers=workers,
         prefetch_factor=_AHEAD,
         multiprocessing_context="spawn",  # object-store clients do not survive a fork
-        worker_init_fn=_one_thread,
+        worker_init_fn=_settle,
         pin_memory=pin_memory,
     )
     iterator = iter(loader)
