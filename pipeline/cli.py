@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-import sys
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -14,10 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import storage
-from cluster.errors import ConfigError, ItpnError
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
+from pipeline.commands import results
+from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import Registry
 from pipeline.runner import Runner, State, StepStatus, exit_code
 from pipeline.step import Step, select, topological
@@ -31,50 +28,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-results_app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
-app.add_typer(results_app, name="results")
+app.add_typer(results.app, name="results")
 
 RecipeArg = Annotated[str, typer.Argument(help="Name of the recipe: " + ", ".join(recipes.names()))]
-RootOpt = Annotated[
-    str, typer.Option("--root", envvar="ITPN_ROOT", help="URI under which every output lives.")
-]
 SetOpt = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe's config.")
 ]
 OnlyOpt = Annotated[
     list[str], typer.Option("--only", metavar="STEP", help="Only these steps, and what they need.")
 ]
-JsonOpt = Annotated[bool, typer.Option("--json", help="Last line of stdout is one JSON object.")]
 AddressOpt = Annotated[
     str | None,
     typer.Option("--address", envvar="RAY_ADDRESS", help="Ray cluster to use; none starts a local one."),
 ]
 
-err = Console(stderr=True, highlight=False)
-
-
-def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn an ItpnError into a message, the JSON object when asked for, and the error's exit code."""
-
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except ItpnError as error:
-            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            if kwargs.get("as_json"):
-                view.print_json({"ok": False, "exit_code": error.exit_code, "error": str(error)})
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            err.print("stopped; finished steps are kept, run the same command again to go on")
-            raise typer.Exit(130) from None
-
-    wrapper.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
-    return wrapper
-
 
 @app.command()
-@_guarded
+@guarded
 def run(
     recipe: RecipeArg,
     root: RootOpt = "",
@@ -101,9 +71,9 @@ def run(
     module, config = _recipe(recipe, set_)
     steps = select(topological(module.build(config)), only) if only else topological(module.build(config))
     if dry_run:
-        uri = storage.join(_root(root))
+        uri = storage.join(root_of(root))
         statuses = Runner(uri, recipe, steps).plan()
-        _console(as_json).print(view.plan_table(uri, statuses))
+        console_of(as_json).print(view.plan_table(uri, statuses))
         if as_json:
             view.print_json(
                 {"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)}
@@ -113,7 +83,7 @@ def run(
     if not (root and _finished(storage.join(root), recipe, steps)):
         preflight.demand([preflight.root(root), *module.requirements(config, address)])
     uri = storage.join(root)
-    console = _console(as_json)
+    console = console_of(as_json)
     runner = Runner(
         uri,
         recipe,
@@ -131,7 +101,7 @@ def run(
 
 
 @app.command()
-@_guarded
+@guarded
 def status(
     recipe: RecipeArg,
     root: RootOpt = "",
@@ -143,16 +113,16 @@ def status(
     [bold]Example[/]: itpn status demo --root runs/demo
     """
     module, config = _recipe(recipe, set_)
-    uri = storage.join(_root(root))
+    uri = storage.join(root_of(root))
     statuses = doctors.survey(uri, recipe, topological(module.build(config)))
-    console = _console(as_json)
+    console = console_of(as_json)
     console.print(view.status_table(uri, statuses))
     if as_json:
         view.print_json({"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)})
 
 
 @app.command()
-@_guarded
+@guarded
 def doctor(
     recipe: Annotated[str | None, typer.Argument(help="Also check what this recipe needs.")] = None,
     root: RootOpt = "",
@@ -174,7 +144,7 @@ def doctor(
         module, config = _recipe(recipe, set_)
         requirements += module.requirements(config, address)
     findings = preflight.examine(requirements)
-    console = _console(as_json)
+    console = console_of(as_json)
     for finding in findings:
         mark = "[green]ok[/]     " if finding.ok else "[bold red]missing[/]"
         console.print(f"{mark}  {finding.name}: {escape(finding.text)}", soft_wrap=True)
@@ -187,55 +157,6 @@ def doctor(
     raise typer.Exit(code)
 
 
-@results_app.command("list")
-@_guarded
-def results_list(
-    root: RootOpt = "",
-    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
-    init: Annotated[str | None, typer.Option(help="Only pretrained or scratch.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
-    run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
-    as_json: JsonOpt = False,
-) -> None:
-    """All results, oldest first.
-
-    [bold]Example[/]: itpn results list --root runs/demo --metric top1 --json
-    """
-    uri = storage.join(_root(root))
-    rows = Registry(uri).results(
-        metric=metric, dataset=dataset, split=split, init=init, seed=seed, run=run_name
-    )
-    if as_json:
-        view.print_json({"ok": True, "root": uri, "results": [row.model_dump(mode="json") for row in rows]})
-    elif rows:
-        Console().print(view.rows_table(rows))
-    else:
-        err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some")
-
-
-@results_app.command("best")
-@_guarded
-def results_best(
-    root: RootOpt = "",
-    metric: Annotated[str, typer.Option(help="Metric to judge by.")] = "top1",
-    dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
-    split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
-    as_json: JsonOpt = False,
-) -> None:
-    """The best result of a metric.
-
-    [bold]Example[/]: itpn results best --root runs/demo --metric top1
-    """
-    uri = storage.join(_root(root))
-    row = Registry(uri).best(metric, dataset=dataset, split=split)
-    if as_json:
-        view.print_json({"ok": True, "root": uri, "best": row.model_dump(mode="json")})
-    else:
-        Console().print(view.rows_table([row]))
-
-
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -244,20 +165,6 @@ def main() -> None:
 def _recipe(name: str, assignments: list[str]) -> tuple[Any, Config]:
     module = recipes.load(name)
     return module, module.Recipe().with_set(parse_assignments(assignments))
-
-
-def _root(root: str) -> str:
-    if not root:
-        raise ConfigError("no root was given", remedy="--root URI, or set ITPN_ROOT")
-    return root
-
-
-def _console(as_json: bool) -> Console:
-    return Console(stderr=as_json, highlight=False, width=None if sys.stdout.isatty() else _width())
-
-
-def _width() -> int:
-    return max(int(os.environ.get("COLUMNS", 0)), 140)
 
 
 def _finished(root: str, recipe: str, steps: list[Step]) -> bool:
