@@ -19,7 +19,7 @@ from enum import StrEnum
 from typing import Any
 
 from cluster import storage
-from cluster.errors import AlreadyExists, DriftError, ItpnError, StepFailed, StorageUnavailable
+from cluster.errors import AlreadyExists, DriftError, ItpnError, StepFailed, Stopped, StorageUnavailable
 from cluster.jobs import RayExecutor, Session
 from cluster.lease import Lease
 from pipeline import record as records
@@ -37,6 +37,7 @@ class State(StrEnum):
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
+    STOPPED = "stopped"  # asked to, with its state saved
     BLOCKED = "blocked"  # an input failed
     DRIFTED = "drifted"
 
@@ -125,8 +126,8 @@ class Runner:
             for step in self.steps:
                 if self.status[step.id].state is State.TODO and step not in running.values():
                     inputs = [self.status[needed.id].state for needed in step.inputs.values()]
-                    if any(state in (State.FAILED, State.BLOCKED) for state in inputs):
-                        self._set(step, State.BLOCKED, note="an input failed")
+                    if any(state in (State.FAILED, State.STOPPED, State.BLOCKED) for state in inputs):
+                        self._set(step, State.BLOCKED, note="an input is not done")
                     elif all(state is State.DONE for state in inputs) and len(running) < self._max_parallel:
                         running[pool.submit(self._run_step, step)] = step
             if not running:
@@ -136,6 +137,8 @@ class Runner:
                 step = running.pop(future)
                 try:
                     self._set(step, State.DONE, record=future.result())
+                except Stopped as error:
+                    self._set(step, State.STOPPED, error=error, note="run again: it goes on from there")
                 except ItpnError as error:
                     self._set(step, State.FAILED, error=error)
                 except (
@@ -146,6 +149,8 @@ class Runner:
 
     def _run_step(self, step: Step) -> Record:
         def waiting(holder: Any) -> None:
+            if self._stopping.is_set():
+                raise self._stopped(step)
             self._set(step, State.WAITING, note=f"another runner holds it ({holder})")
 
         prefix = storage.join(step.output(self.root), "lease")
@@ -162,6 +167,8 @@ class Runner:
                     if attempt == step.retries or self._stopping.is_set():
                         self._write_failure(step, error)
                         raise
+                except Stopped:
+                    raise
                 except ItpnError as error:
                     self._write_failure(step, error)
                     raise
@@ -184,7 +191,7 @@ class Runner:
         while not self._ray().wait([job], timeout_s=1.0):
             if self._stopping.is_set():
                 job.cancel()
-                raise StepFailed(f"'{step.id}' was stopped", remedy="run again: it resumes")
+                raise self._stopped(step)
             lease.check()
         outcome = Outcome.model_validate(job.result())
         wall_s = time.monotonic() - clock
@@ -222,6 +229,10 @@ class Runner:
             record = existing
         Registry(self.root).publish([record])
         return record
+
+    @staticmethod
+    def _stopped(step: Step) -> Stopped:
+        return Stopped(f"'{step.id}' was stopped", remedy="run again: it goes on from what it has committed")
 
     def _artifact(self, step: Step) -> Artifact:
         record = self.status[step.id].record
@@ -266,5 +277,5 @@ def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageCo
 
 
 def exit_code(statuses: list[StepStatus]) -> int:
-    """0 when everything is done, else the code of the first failure."""
-    return next((s.error.exit_code for s in statuses if s.error), 0)
+    """0 when nothing failed (a requested stop is no failure), else the code of the first failure."""
+    return next((s.error.exit_code for s in statuses if s.error and s.error.exit_code), 0)

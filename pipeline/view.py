@@ -26,6 +26,7 @@ _COLOURS = {
     State.RUNNING: "cyan",
     State.DONE: "green",
     State.FAILED: "bold red",
+    State.STOPPED: "yellow",
     State.BLOCKED: "red",
     State.DRIFTED: "bold red",
 }

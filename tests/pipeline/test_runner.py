@@ -141,3 +141,28 @@ def test_killed_runner_is_replaced_at_once(tmp_path: Path) -> None:
     statuses = run(tmp_path)
     assert set(states(statuses).values()) == {State.DONE}
     assert time.monotonic() - began < 20, "the dead holder's lease must not be waited for"
+
+
+def test_stop_releases_the_lease_and_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.lease import Lease
+
+    began = threading.Event()
+
+    def endless(config, inputs, context):
+        began.set()
+        time.sleep(5)
+        return toys.train(config, inputs, context)
+
+    steps = [toys.replace_function(toys.chain()[0].inputs["checkpoint"], endless)]
+    runner = Runner(str(tmp_path), "toy", steps, open_session=toys.ThreadSession)
+
+    def interrupt(*_: object, **__: object) -> None:
+        assert began.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.runner.wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert not storage.exists(f"{tmp_path}/finetune/a/v1/failure.json")
+    with Lease.acquire(f"{tmp_path}/finetune/a/v1/lease", wait_s=0):
+        pass
