@@ -208,8 +208,18 @@ def _mean_std(
     return tuple(found_mean), tuple(found_std)
 
 
-def check_grids(backbone: BackboneConfig, teacher: Teacher) -> None:
-    """Student and teacher must have equal grids; raises ConfigError that names the sizes which would fit."""
+def check_grids(backbone: BackboneConfig, teacher: Teacher, teacher_dim: int | None = None) -> None:
+    """Student and teacher must have equal grids; raises ConfigError that names the sizes which would fit.
+
+    `teacher_dim` is the width that existing heads predict, where there are some: it must be the teacher's.
+    """
+    if teacher_dim not in (None, teacher.dim):
+        raise ConfigError(
+            "the model's heads predict another width than the teacher's",
+            expected=f"{teacher_dim} features per token",
+            found=f"{teacher.dim}",
+            remedy="use the teacher that the model was pre-trained with, or start its heads anew",
+        )
     if backbone.grid == teacher.grid:
         return
     student_fits = teacher.grid * backbone.patch_size

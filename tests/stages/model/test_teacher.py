@@ -190,7 +190,9 @@ def test_grids_that_differ_name_the_sizes_that_would_fit(tmp_path, openai_state,
     teacher = load_teacher(TeacherConfig(uri=str(tmp_path / "clip.safetensors"), heads=4))
     with pytest.raises(ConfigError, match=fits + ".*student input of 64"):
         check_grids(backbone_config("fast_itpn_micro", img_size=student), teacher)
-    check_grids(backbone_config("fast_itpn_micro", img_size=64), teacher)
+    check_grids(backbone_config("fast_itpn_micro", img_size=64), teacher, teacher_dim=24)
+    with pytest.raises(ConfigError, match="another width"):
+        check_grids(backbone_config("fast_itpn_micro", img_size=64), teacher, teacher_dim=512)
 
 
 def test_an_input_size_that_cuts_patches_is_refused(tmp_path, openai_state):
