@@ -121,10 +121,10 @@ PINNED = [[18, 0, 8, 14], [8, 21, 0, 1]]
 def test_an_imagenet_epoch_is_planned_fast_and_small() -> None:
     shards = [1252] * 1023 + [371]  # 1,281,167 samples
     tracemalloc.start()
-    began = time.perf_counter()
+    began = time.process_time()  # a busy machine is not the plan's fault
     order = Order(shards, seed=0, streams=64, global_batch=2048)
     order.batch(0, 0)  # plans every stream
-    elapsed = time.perf_counter() - began
+    elapsed = time.process_time() - began
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert order.samples == 1_281_167 and order.steps_per_epoch == 625
