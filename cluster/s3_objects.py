@@ -118,6 +118,11 @@ class S3Objects:
             str(source), path, chunksize=UPLOAD_PART_BYTES, max_concurrency=PARTS_AT_ONCE, timeout=timeout_s
         )
 
+    def move(self, path: str, source: Path, timeout_s: float) -> None:
+        """`upload`, then remove the local file."""
+        self.upload(path, source, timeout_s)
+        source.unlink()
+
     def download(self, path: str, target: Path, timeout_s: float) -> None:
         """Write the object to `target`; large ones by parallel ranges."""
         self._s3fs().get_file(

@@ -194,6 +194,23 @@ def upload_file(local: Path | str, uri: str) -> tuple[int, str]:
     return bytes_, sha256
 
 
+def move_file(local: Path | str, uri: str) -> None:
+    """Publish a local file whose content is complete, over what is there; durable when it returns.
+
+    Within one local file system it is a rename. The caller knows its size and hash; nothing is read twice.
+    """
+    local = Path(local)
+    bytes_ = local.stat().st_size
+    _call(uri, "move", local, transfer_bytes=bytes_)
+    if (stored := size(uri)) != bytes_:
+        raise StorageUnavailable(
+            f"{uri} was stored incompletely",
+            expected=f"{bytes_} bytes",
+            found=f"{stored} bytes",
+            remedy="run again; if it repeats, the object store loses data",
+        )
+
+
 def upload_tree(local_dir: Path | str, uri_prefix: str) -> list[tuple[str, int, str]]:
     """Upload every file below `local_dir`; returns (relative path, bytes, sha256), sorted by path."""
     local_dir = Path(local_dir)

@@ -1,203 +1,280 @@
-"""From a listing to labelled samples: splits, classes, keys, in an order that does not depend on the layout.
+"""From listings to labelled samples: splits, classes, keys, in an order that does not depend on the layout.
 
-Columns, not objects: a sample costs its path, its key and about 30 bytes of numbers, but no Python object.
+Columns, not objects: a sample costs the bytes of its file name and about 50 bytes of numbers, folders are
+stored once, and keys are made when a shard is cut. bench/shard_index.py measures it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.errors import DataInvalid
-from stages.shard.scan import Entry
+from stages.shard.scan import SAMPLES, Listing
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _CHUNK = 1 << 16
 _SHOWN = 5  # items named in an error
 
 
-@dataclass(frozen=True)
-class SplitIndex:
-    """The samples of one split, sorted by path; all columns have one length."""
+class Table:
+    """All images of a source as columns; rows are in the order of the listing, which nothing may depend on."""
 
-    paths: pa.ChunkedArray  # inside the source
-    keys: pa.ChunkedArray  # class folder / file stem; unique, no dots
-    offset: np.ndarray
-    size: np.ndarray
-    stored: np.ndarray
-    deflated: np.ndarray
-    label: np.ndarray
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+        self.folder, self.container = array("i"), array("i")
+        self.offset, self.size = array("q"), array("q")
+        self.aux: array | None = None  # only where a layout needs it (zip, Parquet)
+        self.label: array | None = None  # only where the source states labels
+        self._names: list[pa.Array] = []
+        self._pending: list[str] = []
+        self._ids: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.size)
+
+    def add(self, found: Listing, folder_prefix: str = "") -> None:
+        """Append a listing; `folder_prefix` goes before the folders of its paths."""
+        for path in found.paths:
+            folder, _, name = path.rpartition("/")
+            number = self._ids.get(folder_prefix + folder)
+            if number is None:
+                number = self._ids[folder_prefix + folder] = len(self.folders)
+                self.folders.append(folder_prefix + folder)
+            self.folder.append(number)
+            self._pending.append(name)
+            if len(self._pending) == _CHUNK:
+                self._flush()
+        if self.aux is None and any(found.aux):
+            self.aux = array("q", bytes(8 * len(self)))
+        self.container.extend([found.unit["container"]] * len(found.paths))
+        self.offset.extend(found.offset)
+        self.size.extend(found.size)
+        if self.aux is not None:
+            self.aux.extend(found.aux)
+        if found.kind == SAMPLES:
+            self.label = array("i") if self.label is None else self.label
+            self.label.extend(found.labels)
+
+    def _flush(self) -> None:
+        self._names.append(pa.array(self._pending, pa.string()))
+        self._pending = []
+
+    def chunks(self) -> Iterable[tuple[int, list[str]]]:
+        """(first row, names) of successive runs of rows."""
+        self._flush()
+        begin = 0
+        for chunk in self._names:
+            yield begin, chunk.to_pylist()
+            begin += len(chunk)
+
+    def names(self, rows: np.ndarray) -> list[str]:
+        """File names of some rows. Every chunk but the last has the same length."""
+        self._flush()
+        return [self._names[row // _CHUNK][row % _CHUNK].as_py() for row in rows.tolist()]
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The samples of one split: rows of the table in canonical order (by a hash of the key)."""
+
+    rows: np.ndarray  # int64
+    renamed: dict[int, str]  # row -> key, where the key alone would repeat
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """All that was found: samples per split, class folders in label order, and a fingerprint of both."""
+    """All that was found: samples per split, class names in label order, and a fingerprint of both."""
 
+    table: Table
+    labels: np.ndarray  # int32, of all rows of the table; -1 outside the splits
     splits: dict[str, SplitIndex]
     classes: list[str]
     ignored: int  # files that are no images by name, or lie outside class folders
     fingerprint: str
+    strip: int  # leading folders of a path that are no part of the key
+
+    def paths(self, rows: np.ndarray) -> list[str]:
+        """Paths inside the source."""
+        folders = [self.table.folders[i] for i in np.asarray(self.table.folder)[rows].tolist()]
+        names = zip(folders, self.table.names(rows), strict=True)
+        return [f"{folder}/{name}" if folder else name for folder, name in names]
+
+    def keys(self, split: str, rows: np.ndarray) -> list[str]:
+        """Keys, unique within the split."""
+        renamed = self.splits[split].renamed
+        keys = [_key(_stripped(path.rpartition("/")[0], self.strip), path) for path in self.paths(rows)]
+        return [renamed.get(row, key) for row, key in zip(rows.tolist(), keys, strict=True)]
 
 
-def build_index(entries: Iterable[Entry], split_names: tuple[str, ...], *, uri: str) -> SourceIndex:
-    """Sort a listing into splits and classes.
+def build_index(
+    listings: Iterable[Listing],
+    split_names: tuple[str, ...],
+    *,
+    uri: str,
+    split_of: Callable[[str], str | None] = lambda name: "",
+) -> SourceIndex:
+    """Sort listings into splits and classes.
 
-    The tree is `<split>/<class>/…/image`, or `<class>/…/image`, in which case all of it is the first split;
+    Trees are `<split>/<class>/…/image`, or `<class>/…/image`, in which case all of it is the first split;
     one folder around either is stripped. Labels count the class folders of the first split that is present,
-    in the order of their names.
+    in the order of their names. Sources that state labels keep them; `split_of` then tells the split of a
+    container from its name.
 
     Raises DataInvalid for a listing without images, a class folder without one, a class that the first
-    split lacks, or a path that occurs twice.
+    split lacks, a path that occurs twice, or a mixture of labelled samples and class folders.
     """
-    listing = _Listing(entries)
-    if not listing.rows:
+    table, folders, ignored, class_names, kinds = Table(), set[str](), 0, None, set()
+    for found in listings:
+        ignored += found.ignored
+        if found.kind == SAMPLES:
+            split = split_of(found.unit["name"]) or split_names[0]
+            table.add(found, folder_prefix=split + "/")
+            class_names = class_names or found.class_names
+        else:
+            table.add(found)
+            folders.update(found.folders)
+        if found.paths:
+            kinds.add(found.kind == SAMPLES)
+    if not len(table):
         raise DataInvalid(
             f"{uri} holds no image",
             expected="class folders with .jpg, .jpeg or .png files",
-            found=f"{listing.ignored} other files, {len(listing.folders)} folders",
+            found=f"{ignored} other files, {len(folders)} folders",
             remedy="point `source` at the folder (or archive) above the class folders",
         )
-    layout = _Layout(listing, split_names)
-    split_ids, class_ids, keys, class_names = layout.assign(listing.paths)
-    present = [name for index, name in enumerate(split_names) if (split_ids == index).any()]
-    if not present:
+    if len(kinds) == 2:
         raise DataInvalid(
-            f"{uri} holds images, but none in a class folder",
-            expected="<split>/<class>/image or <class>/image",
-            found=listing.paths[0].as_py(),
-            remedy="sort the images into one folder per class",
+            f"{uri} mixes samples with labels of their own and class folders",
+            expected="one kind of source",
+            remedy="point `source` at one of them, and shard the other as a data set of its own",
         )
-    _refuse_empty_classes(layout, listing.folders, split_ids, class_ids, class_names, uri)
-    order = sorted(
-        np.unique(class_ids[split_ids == split_names.index(present[0])]).tolist(), key=class_names.__getitem__
+    if table.label is not None:
+        layout = _Layout(table.folders, split_names, prefixed=True)
+        split_of_row = layout.split_ids[np.asarray(table.folder)]
+        labels, classes = _stated(table, class_names)
+    else:
+        layout = _Layout(table.folders, split_names)
+        split_of_row = layout.split_ids[np.asarray(table.folder)]
+        _refuse_empty_classes(layout, folders, uri)
+        labels, classes = _from_folders(table, layout, split_names, split_of_row, uri)
+    splits, digest = {}, hashlib.sha256("\n".join(classes).encode())
+    hashes = _hashes(table, layout.strip)
+    for number, name in enumerate(split_names):
+        rows = np.flatnonzero(split_of_row == number)
+        if not len(rows):
+            continue
+        rows = rows[np.argsort(hashes[rows], kind="stable")]
+        renamed = _resolve_equal_keys(table, layout.strip, rows, hashes[rows], uri)
+        splits[name] = SplitIndex(rows, renamed)
+        digest.update(f"\n\n{name} {len(rows)}\n".encode())
+        digest.update(hashes[rows].astype("<u8").tobytes())
+        digest.update(np.asarray(table.size)[rows].astype("<i8").tobytes())
+        digest.update(labels[rows].astype("<i4").tobytes())
+    return SourceIndex(
+        table,
+        labels,
+        splits,
+        classes,
+        ignored + int((split_of_row < 0).sum()),
+        digest.hexdigest(),
+        layout.strip,
     )
-    label_of = np.full(len(class_names), -1, np.int32)
-    label_of[order] = np.arange(len(order), dtype=np.int32)
-    splits = {}
-    for name in present:
-        rows = np.flatnonzero(split_ids == split_names.index(name))
-        rows = rows[pc.sort_indices(listing.paths.take(pa.array(rows))).to_numpy()]
-        labels = label_of[class_ids[rows]]
-        if (labels < 0).any():
-            raise DataInvalid(
-                f"split '{name}' has a class folder that '{present[0]}' lacks: "
-                f"'{class_names[class_ids[rows[np.argmin(labels)]]]}'",
-                expected=f"one of the {len(order)} class folders of '{present[0]}'",
-                remedy=f"remove the folder, or add images of the class to '{present[0]}'",
-            )
-        taken = pa.array(rows)
-        splits[name] = SplitIndex(
-            paths=_unique_paths(listing.paths.take(taken), uri),
-            keys=_unique_keys(keys.take(taken)),
-            offset=np.asarray(listing.offset)[rows],
-            size=np.asarray(listing.size)[rows],
-            stored=np.asarray(listing.stored)[rows],
-            deflated=np.asarray(listing.deflated)[rows].astype(bool),
-            label=labels,
-        )
-    ignored = listing.ignored + int((split_ids < 0).sum())
-    classes = [class_names[index] for index in order]
-    return SourceIndex(splits, classes, ignored, _fingerprint(splits, classes))
-
-
-class _Listing:
-    """The image entries of a source as columns, its folders, and the number of other files."""
-
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        chunks, names = [], []
-        self.offset, self.size, self.stored, self.deflated = array("q"), array("q"), array("q"), array("b")
-        self.folders: set[str] = set()
-        self.ignored = 0
-        for entry in entries:
-            if entry.size < 0:
-                self.folders.add(entry.path)
-                continue
-            folder, _, name = entry.path.rpartition("/")
-            if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
-                self.ignored += 1
-                self.folders.add(folder)
-                continue
-            names.append(entry.path)
-            if len(names) == _CHUNK:
-                chunks.append(pa.array(names, pa.large_string()))
-                names = []
-            self.offset.append(entry.offset)
-            self.size.append(entry.size)
-            self.stored.append(entry.stored)
-            self.deflated.append(entry.deflated)
-        self.paths = pa.chunked_array([*chunks, pa.array(names, pa.large_string())])
-        self.rows = len(self.size)
 
 
 class _Layout:
-    """Where in a path the split and the class stand."""
+    """Where in a folder's path the split and the class stand. `split_ids` and `classes` are per folder."""
 
-    def __init__(self, listing: _Listing, split_names: tuple[str, ...]) -> None:
+    def __init__(self, folders: list[str], split_names: tuple[str, ...], prefixed: bool = False) -> None:
         self.split_names = split_names
-        firsts: set[str] = set()
-        seconds: set[str] = set()
-        shallowest = 1 << 30
-        for path in _values(listing.paths):
-            parts = path.split("/", 3)
-            firsts.add(parts[0])
-            seconds.update(parts[1:2])
-            shallowest = min(shallowest, len(parts))
-        wrapped = len(firsts) == 1 and not firsts & set(split_names)
-        self.skip = int(wrapped and (bool(seconds & set(split_names)) or shallowest >= 3))
-        self.has_splits = bool((seconds if self.skip else firsts) & set(split_names))
+        parts = [folder.split("/", 2) for folder in folders]
+        firsts = {p[0] for p in parts}
+        seconds = {p[1] for p in parts if len(p) > 1}
+        wrapped = len(firsts) == 1 and firsts != {""} and not firsts & set(split_names) and not prefixed
+        deep = all(len(p) > 1 for p in parts)
+        skip = int(wrapped and (bool(seconds & set(split_names)) or deep))
+        self.has_splits = prefixed or bool((seconds if skip else firsts) & set(split_names))
+        self.skip, self.strip = skip, skip + self.has_splits
+        parsed = [self.parse(folder) for folder in folders]
+        self.classes = [class_name for _, class_name in parsed]
+        self.split_ids = np.array(
+            [split if class_name is not None or prefixed else -1 for split, class_name in parsed], np.int8
+        )
 
-    def parse(self, path: str) -> tuple[int, str | None, str]:
-        """Split id (-1 when outside), class folder, and the path from the class folder on."""
-        parts = path.split("/", self.skip + self.has_splits)
-        rest = parts[-1] if len(parts) == self.skip + self.has_splits + 1 else ""
+    def parse(self, folder: str) -> tuple[int, str | None]:
+        """Split id (-1 when outside) and class folder."""
+        parts = folder.split("/", self.strip + 1) if folder else []
         split = 0
         if self.has_splits:
             name = parts[self.skip] if len(parts) > self.skip else ""
             split = self.split_names.index(name) if name in self.split_names else -1
-        class_name, slash, _ = rest.partition("/")
-        return split, class_name if slash else None, rest
+        return split, parts[self.strip] if len(parts) > self.strip else None
 
-    def assign(self, paths: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray, pa.ChunkedArray, list[str]]:
-        """For each path: split id (-1: not a sample), class id, key; and the class names by id."""
-        splits, classes = array("b"), array("i")
-        ids: dict[str, int] = {}
-        chunks, keys = [], []
-        for path in _values(paths):
-            split, class_name, rest = self.parse(path)
-            splits.append(split if class_name is not None else -1)
-            classes.append(
-                ids.setdefault(class_name, len(ids)) if class_name is not None and split >= 0 else -1
+
+def _from_folders(
+    table: Table, layout: _Layout, split_names: tuple[str, ...], split_of_row: np.ndarray, uri: str
+) -> tuple[np.ndarray, list[str]]:
+    """Labels and class names by the class folders of the first split that is present."""
+    used = {
+        (int(split), name) for split, name in zip(layout.split_ids, layout.classes, strict=True) if split >= 0
+    }
+    if not used:
+        raise DataInvalid(
+            f"{uri} holds images, but none in a class folder",
+            expected="<split>/<class>/image or <class>/image",
+            found="/".join(filter(None, (table.folders[table.folder[0]], table.names(np.array([0]))[0]))),
+            remedy="sort the images into one folder per class",
+        )
+    first = min(split for split, _ in used)
+    classes = sorted(str(name) for split, name in used if split == first)
+    number = {name: i for i, name in enumerate(classes)}
+    for split, name in sorted(used, key=str):
+        if name not in number:
+            raise DataInvalid(
+                f"split '{split_names[split]}' has a class folder that '{split_names[first]}' lacks: '{name}'",
+                expected=f"one of the {len(classes)} class folders of '{split_names[first]}'",
+                remedy=f"remove the folder, or add images of the class to '{split_names[first]}'",
             )
-            keys.append(rest.rpartition(".")[0].replace(".", "_"))
-            if len(keys) == _CHUNK:
-                chunks.append(pa.array(keys, pa.large_string()))
-                keys = []
-        columns = pa.chunked_array([*chunks, pa.array(keys, pa.large_string())])
-        return np.asarray(splits), np.asarray(classes), columns, list(ids)
+    known = zip(layout.split_ids, layout.classes, strict=True)
+    of_folder = np.array([number[str(name)] if split >= 0 else -1 for split, name in known], np.int32)
+    return of_folder[np.asarray(table.folder)], classes
 
 
-def _refuse_empty_classes(
-    layout: _Layout,
-    folders: set[str],
-    split_ids: np.ndarray,
-    class_ids: np.ndarray,
-    class_names: list[str],
-    uri: str,
-) -> None:
-    pairs = np.unique(np.stack([split_ids, class_ids])[:, split_ids >= 0], axis=1)
-    filled = {(split, class_names[index]) for split, index in pairs.T.tolist()}
+def _stated(table: Table, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+    """The source's own labels, and class names: as stated, or the folders of the keys when they are 1:1."""
+    labels = np.asarray(table.label, np.int32)
+    count = max(int(labels.max()) + 1, len(names or ()))
+    if names is None:
+        # A key `class/file` of a split names the class: true if every folder has one label and vice versa.
+        pairs = np.unique(np.stack([np.asarray(table.folder), labels]), axis=1)
+        folders = {(table.folders[f].partition("/")[2], label) for f, label in pairs.T.tolist()}
+        names = [""] * count
+        for folder, label in folders:
+            names[label] = folder
+        if len(folders) != count or len(set(names)) != count or "" in names:
+            names = [f"{label:0{len(str(count - 1))}d}" for label in range(count)]
+    if len(names) < count:
+        raise DataInvalid(
+            f"the source has label {count - 1}, but names only {len(names)} classes",
+            remedy="correct the labels or the class names in the files' metadata",
+        )
+    return labels, names
+
+
+def _refuse_empty_classes(layout: _Layout, folders: set[str], uri: str) -> None:
+    filled = set(zip(layout.split_ids.tolist(), layout.classes, strict=True))
     empty = set()
     for folder in folders:
-        split, class_name, _ = layout.parse(folder + "/")
+        split, class_name = layout.parse(folder)
         if split >= 0 and class_name and not class_name.startswith(".") and (split, class_name) not in filled:
             empty.add(f"{layout.split_names[split]}/{class_name}" if layout.has_splits else class_name)
     if empty:
@@ -208,41 +285,57 @@ def _refuse_empty_classes(
         )
 
 
-def _unique_paths(paths: pa.ChunkedArray, uri: str) -> pa.ChunkedArray:
-    """The sorted paths themselves; raises DataInvalid when two are equal."""
-    if len(paths) > 1:
-        same = pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1))
-        if pc.any(same).as_py():
-            raise DataInvalid(
-                f"{uri} holds the path {paths[pc.index(same, True).as_py()].as_py()!r} twice",
-                remedy="pack the archive again from one folder; appended archives keep old versions of files",
-            )
-    return paths
+def _stripped(folder: str, strip: int) -> str:
+    parts = folder.split("/", strip)
+    return parts[strip] if len(parts) > strip else ""
 
 
-def _unique_keys(keys: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Keys with `~2`, `~3`, … where one repeats (a.jpg beside a.png)."""
-    if pc.count_distinct(keys).as_py() == len(keys):
-        return keys
-    seen: dict[str, int] = {}
-    result = []
-    for key in _values(keys):
-        seen[key] = count = seen.get(key, 0) + 1
-        result.append(key if count == 1 else f"{key}~{count}")
-    return pa.chunked_array([pa.array(result, pa.large_string())])
+def _key(folder: str, name: str) -> str:
+    """The sample's key. Dots would end it for readers of WebDataset tars."""
+    stem = name.rpartition("/")[2].rpartition(".")[0]
+    return f"{folder}/{stem}".replace(".", "_") if folder else stem.replace(".", "_")
 
 
-def _fingerprint(splits: dict[str, SplitIndex], classes: list[str]) -> str:
-    digest = hashlib.sha256("\n".join(classes).encode())
-    for name, split in splits.items():
-        digest.update(f"\n\n{name} {len(split)}\n".encode())
-        for chunk in split.keys.chunks:
-            digest.update("\n".join(chunk.to_pylist()).encode(errors="surrogateescape"))
-        digest.update(np.ascontiguousarray(split.size, "<i8").tobytes())
-        digest.update(np.ascontiguousarray(split.label, "<i4").tobytes())
-    return digest.hexdigest()
+def _hashes(table: Table, strip: int) -> np.ndarray:
+    """uint64 hash of every row's key: the canonical order, at 8 bytes where the keys would need 40."""
+    prefixes = [_stripped(folder, strip) for folder in table.folders]
+    result = np.empty(len(table), np.uint64)
+    for begin, names in table.chunks():
+        folders = table.folder[begin : begin + len(names)]
+        digests = [
+            blake2b(_key(prefixes[f], name).encode(errors="surrogateescape"), digest_size=8).digest()
+            for f, name in zip(folders, names, strict=True)
+        ]
+        result[begin : begin + len(names)] = np.frombuffer(b"".join(digests), "<u8")
+    return result
 
 
-def _values(strings: pa.ChunkedArray) -> Iterator[str]:
-    for chunk in strings.chunks:
-        yield from chunk.to_pylist()
+def _resolve_equal_keys(
+    table: Table, strip: int, rows: np.ndarray, hashes: np.ndarray, uri: str
+) -> dict[int, str]:
+    """Put rows of equal hash into an order of their own, and give repeated keys `~2`, `~3`, … (a.jpg, a.png).
+
+    Rows of one path are an error, except where the source states keys: those may start anew in every file.
+    """
+    same = np.flatnonzero(hashes[1:] == hashes[:-1])
+    renamed: dict[int, str] = {}
+    if not len(same):
+        return renamed
+    for run in np.split(same, np.flatnonzero(np.diff(same) > 1) + 1):
+        begin, end = int(run[0]), int(run[-1]) + 2
+        items = []
+        for row, name in zip(rows[begin:end].tolist(), table.names(rows[begin:end]), strict=True):
+            folder = table.folders[table.folder[row]]
+            key = _key(_stripped(folder, strip), name)
+            items.append((key, folder, name, table.container[row], table.offset[row], row))
+        items.sort()
+        rows[begin:end] = [item[-1] for item in items]
+        for number, (before, item) in enumerate(pairwise(items), 1):
+            if before[:3] == item[:3] and table.label is None:
+                raise DataInvalid(
+                    f"{uri} holds the path {f'{item[1]}/{item[2]}'!r} twice",
+                    remedy="pack the archive again from one folder; appended archives keep old versions of files",
+                )
+            if before[0] == item[0]:
+                renamed[item[-1]] = f"{item[0]}~{number + 1}"
+    return renamed

@@ -1,76 +1,99 @@
-"""List a source: every regular file in it, by container, offset and size. Nothing is unpacked.
+"""List one container of a source: which images it holds, where, and what it seems to be. Nothing is unpacked.
 
-A source is a folder tree, an uncompressed tar, or a zip, local or at any URI. What archives may hold that
-has no place in a data set (links, devices, absolute paths, `..`) makes the whole archive refused: such an
-archive was not made by packing a data set.
+What archives may hold that has no place in a data set (links, devices, absolute paths, `..`) makes the
+whole archive refused: such an archive was not made by packing a data set.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import tarfile
 import zipfile
+from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypedDict
 
 from cluster import storage
-from cluster.errors import ConfigError, DataInvalid
+from cluster.errors import DataInvalid
+from cluster.range_file import RangeFile
+from stages.shard import parquet
+from stages.shard.truth import VAL_IMAGE
 
-FILE, TAR, ZIP = "folder", "tar", "zip"
+FOLDER, TAR, ZIP, PARQUET = "folder", "tar", "zip", "parquet"
+TREE, CLASS, VAL, SAMPLES = "tree", "class", "val", "samples"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_CHUNK = 1 << 16
+# Headers of a local tar are 100 KB apart, so a small buffer skips the images; a store answers a request no
+# sooner than it sends 1 MB, so there the images between two headers are read and dropped.
+_LOCAL_BUFFER = 1 << 12
+_REMOTE_BUFFER = 4 << 20
+_LABEL_BYTES = 32  # of a .cls member
+_SAMPLE = re.compile(
+    r"((?:.*/)?[^/.]+)\.([^/]*)"
+)  # webdataset's rule: the key ends at the first dot of the name
 
 
-class Entry(NamedTuple):
-    """One regular file of a source, or (with size -1) one folder."""
+class Unit(TypedDict):
+    """One container to list, by one task: a file, a tar inside a tar, or a folder."""
 
-    path: str  # inside the source, with forward slashes
-    offset: int  # of the data (tar) or of the local header (zip); 0 for a file of its own
+    kind: str
+    uri: str
+    offset: int  # of a tar inside a tar, else 0
     size: int
-    stored: int  # bytes as stored: differs from `size` only in a zip
-    deflated: bool
+    container: int  # number of the file that the offsets are counted in; -1: every image is a file
+    name: str  # path inside the source; names the split and the class where the members do not
+    lone: bool  # the container is all of the source
 
 
-def layout_of(uri: str) -> str:
-    """`folder`, `tar` or `zip`; DataInvalid when nothing is there, ConfigError for a compressed tar."""
-    local = local_path(uri)
-    if local.is_dir() if local else not storage.exists(uri) and bool(storage.list_files(uri)):
-        return FILE
-    if not (local.is_file() if local else storage.exists(uri)):
-        raise DataInvalid(
-            f"the source {uri} does not exist",
-            expected="a folder of class folders, or a tar or zip of one",
-            remedy="correct `source` (a local path or a URI)",
-        )
-    head = storage.read_range(uri, 0, min(512, storage.size(uri)))
-    if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return ZIP
-    for magic, tool in (
-        (b"\x1f\x8b", "gunzip"),
-        (b"BZh", "bunzip2"),
-        (b"\xfd7zXZ", "unxz"),
-        (b"(\xb5/\xfd", "unzstd"),
-    ):
-        if head.startswith(magic):
-            raise ConfigError(
-                f"the source {uri} is compressed; its members cannot be read by offset",
-                expected="an uncompressed tar, or a zip",
-                remedy=f"{tool} it (images hardly shrink, so nothing is lost)",
-            )
-    return TAR
+@dataclass
+class Listing:
+    """Images of one container, as columns of one length, and what the container is.
 
+    `kind` is `tree` (paths hold the class folders), `class` (all of one class), `val` (ILSVRC2012's flat
+    validation images), or `samples` (labels are numbers, paths are keys).
+    """
 
-def scan(uri: str, layout: str) -> Iterator[Entry]:
-    """Every file and folder of the source, in its own order; raises DataInvalid for what it refuses."""
-    entries = {FILE: _scan_folder, TAR: _scan_tar, ZIP: _scan_zip}[layout](uri)
-    for entry in entries:
-        parts = entry.path.split("/")
-        if entry.path.startswith("/") or ".." in parts or "\\" in entry.path or "\0" in entry.path:
+    unit: Unit
+    kind: str = TREE
+    paths: list[str] = field(default_factory=list)
+    offset: array = field(default_factory=lambda: array("q"))  # of the data; zip: local header; Parquet: row
+    size: array = field(default_factory=lambda: array("q"))  # bytes; Parquet: the mean of the row group
+    aux: array = field(
+        default_factory=lambda: array("q")
+    )  # zip: stored bytes * 2 + deflated; Parquet: row group
+    labels: array = field(default_factory=lambda: array("i"))  # of kind `samples` only
+    folders: list[str] = field(default_factory=list)
+    ignored: int = 0
+    class_names: list[str] | None = None
+
+    def add(self, path: str, offset: int, size: int, aux: int = 0) -> None:
+        """Note one file, or count it as ignored when its name is not an image's."""
+        path = self.safe(path)
+        folder, _, name = path.rpartition("/")
+        if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+            self.ignored += 1
+            self.folders.append(folder)
+            return
+        self.paths.append(path)
+        self.offset.append(offset)
+        self.size.append(size)
+        self.aux.append(aux)
+
+    def safe(self, path: str) -> str:
+        """The path in its plain form; raises DataInvalid when it could leave the folder it belongs to."""
+        if path.startswith("/") or "\\" in path or "\0" in path or (".." in path and ".." in path.split("/")):
             raise DataInvalid(
-                f"{uri} holds a member with an unsafe path: {entry.path!r}",
+                f"{self.unit['uri']} holds a member with an unsafe path: {path!r}",
                 expected="relative paths without '..'",
                 remedy="pack the data set again from inside its folder",
             )
-        yield entry._replace(path="/".join(part for part in parts if part not in ("", ".")))
+        if "./" in path or "//" in path or path.endswith(("/", ".")):
+            path = "/".join(part for part in path.split("/") if part not in ("", "."))
+        return path
 
 
 def local_path(uri: str) -> Path | None:
@@ -79,12 +102,71 @@ def local_path(uri: str) -> Path | None:
     return None if "://" in normal else Path(normal)
 
 
-def _scan_folder(uri: str) -> Iterator[Entry]:
-    local = local_path(uri)
+def list_units(units: list[Unit]) -> list[Listing]:
+    """`list_unit` of several, for a worker."""
+    return [listing for unit in units for listing in list_unit(unit)]
+
+
+def list_unit(unit: Unit) -> Iterator[Listing]:
+    """What the container holds; raises DataInvalid for what it refuses."""
+    if unit["kind"] == FOLDER:
+        yield from _list_folder(unit)
+    elif unit["kind"] == TAR:
+        yield _list_tar(unit)
+    elif unit["kind"] == ZIP:
+        yield _list_zip(unit)
+    else:
+        found = Listing(unit, kind=SAMPLES)
+        found.paths, found.offset, found.size, found.aux, found.labels, found.class_names = parquet.list_rows(
+            unit["uri"], unit["name"]
+        )
+        yield found
+
+
+def open_tar(uri: str, offset: int, size: int) -> io.BufferedReader:
+    """A tar, or the tar inside a tar, as a file of its own."""
+    raw = RangeFile(lambda where, start, length: storage.read_range(where, offset + start, length), uri, size)
+    return io.BufferedReader(raw, _LOCAL_BUFFER if local_path(uri) else _REMOTE_BUFFER)
+
+
+def members(file: io.BufferedReader, uri: str) -> Iterator[tarfile.TarInfo]:
+    """The files and folders of a tar in their order; raises DataInvalid for any other kind, or damage."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                if not (member.isdir() or (member.isreg() and not member.issparse())):
+                    raise DataInvalid(
+                        f"{uri} holds a member that is neither a file nor a folder: {member.name!r}",
+                        found=f"tar type {member.type!r} (link, device, pipe or sparse file)",
+                        remedy="pack the data set again with links followed (tar --dereference)",
+                    )
+                yield member
+            end = tar.offset
+        # tarfile ends quietly at a damaged header; only a block of zeros is a real end.
+        file.seek(end)
+        ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except tarfile.TarError as error:
+        raise DataInvalid(
+            f"{uri} is not a readable tar: {error}", remedy="check that the file was copied whole"
+        ) from None
+    if not ended:
+        raise DataInvalid(
+            f"{uri} is damaged or cut short at byte {end}",
+            expected="a member header or the end-of-archive block",
+            remedy="copy the archive again and compare its checksum",
+        )
+
+
+def _list_folder(unit: Unit) -> Iterator[Listing]:
+    local = local_path(unit["uri"])
+    prefix = unit["name"] + "/" if unit["name"] else ""
+    found = Listing(unit)
     if local is None:
-        prefix = storage.join(uri) + "/"
-        for found in storage.list_files(uri):
-            yield Entry(found.uri.removeprefix(prefix), 0, found.bytes, found.bytes, False)
+        root = storage.join(unit["uri"]) + "/"
+        for item in storage.list_files(unit["uri"]):
+            found.add(prefix + item.uri.removeprefix(root), 0, item.bytes)
+        yield found
         return
     for folder, folders, files in os.walk(local, followlinks=True):
         folders.sort()
@@ -93,68 +175,92 @@ def _scan_folder(uri: str) -> Iterator[Entry]:
             raise DataInvalid(
                 f"{local} is nested more than 32 folders deep", found=relative, remedy="remove link loops"
             )
+        here = prefix if relative == "." else f"{prefix}{relative}/"
         if relative != ".":
-            yield Entry(relative, 0, -1, -1, False)
+            found.folders.append(here[:-1])
         for name in sorted(files):
-            size = (Path(folder) / name).stat().st_size
-            yield Entry(name if relative == "." else f"{relative}/{name}", 0, size, size, False)
+            found.add(here + name, 0, (Path(folder) / name).stat().st_size)
+        if len(found.paths) >= _CHUNK:
+            yield found
+            found = Listing(unit)
+    yield found
 
 
-def _scan_tar(uri: str) -> Iterator[Entry]:
-    with storage.open_read(uri) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-                    if member.isdir():
-                        yield Entry(member.name, 0, -1, -1, False)
-                    elif member.isreg() and not member.issparse():
-                        yield Entry(member.name, member.offset_data, member.size, member.size, False)
-                    else:
-                        raise DataInvalid(
-                            f"{uri} holds a member that is neither a file nor a folder: {member.name!r}",
-                            found=f"tar type {member.type!r} (link, device, pipe or sparse file)",
-                            remedy="pack the data set again with links followed (tar --dereference)",
-                        )
-                end = tar.offset
-            # tarfile ends quietly at a damaged header; only a block of zeros is a real end.
-            file.seek(end)
-            ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except tarfile.TarError as error:
+def _list_tar(unit: Unit) -> Listing:
+    where = unit["uri"] if not unit["offset"] else f"{unit['name']} inside {unit['uri']}"
+    found = Listing(unit)
+    labels: dict[str, int] = {}
+    with open_tar(unit["uri"], unit["offset"], unit["size"]) as file:
+        for member in members(file, where):
+            if member.isdir():
+                found.folders.append(found.safe(member.name))
+            elif member.name.endswith(".cls") and member.size <= _LABEL_BYTES:
+                file.seek(member.offset_data)
+                labels[found.safe(member.name)[:-4]] = _label(file.read(member.size), member.name, where)
+            elif member.name.endswith(".tar"):
+                raise DataInvalid(
+                    f"{where} holds images beside tars, or tars inside tars of tars: {member.name!r}",
+                    expected="images, or one tar for each class",
+                    remedy="unpack the outermost tar",
+                )
+            else:
+                found.add(member.name, unit["offset"] + member.offset_data, member.size)
+    if labels:
+        _as_samples(found, labels, where)
+    elif found.paths and not any("/" in path for path in found.paths):
+        if all(VAL_IMAGE.fullmatch(path) for path in found.paths):
+            found.kind = VAL
+        elif not unit["lone"]:
+            found.kind = CLASS
+    return found
+
+
+def _as_samples(found: Listing, labels: dict[str, int], where: str) -> None:
+    found.kind = SAMPLES
+    keys = set()
+    for path in found.paths:
+        match = _SAMPLE.fullmatch(path)
+        key = match.group(1) if match else ""
+        if key not in labels or key in keys:
             raise DataInvalid(
-                f"{uri} is not a readable tar: {error}", remedy="check that the file was copied whole"
-            ) from None
-        if not ended:
-            raise DataInvalid(
-                f"{uri} is damaged or cut short at byte {end}",
-                expected="a member header or the end-of-archive block",
-                remedy="copy the archive again and compare its checksum",
+                f"{where} is no WebDataset tar of labelled images: {path!r} has "
+                + ("a second image beside it" if key in keys else "no label"),
+                expected="one .jpg or .png and one .cls for each key",
+                remedy="write the tars again with one image and its class number (.cls) for each sample",
             )
+        keys.add(key)
+        found.labels.append(labels[key])
+    found.ignored += len(labels) - len(keys)
 
 
-def _scan_zip(uri: str) -> Iterator[Entry]:
+def _label(text: bytes, name: str, where: str) -> int:
+    if not text.strip().isdigit() or int(text) > 2**31 - 1:
+        raise DataInvalid(
+            f"{where}: the label {name!r} is no class number", expected="digits, such as 207", found=text
+        )
+    return int(text)
+
+
+def _list_zip(unit: Unit) -> Listing:
+    found = Listing(unit)
     try:
-        with storage.open_read(uri) as file, zipfile.ZipFile(file) as archive:
+        with storage.open_read(unit["uri"]) as file, zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
                 kind = (info.external_attr >> 16) & 0o170000
                 if info.is_dir():
-                    yield Entry(info.filename, 0, -1, -1, False)
+                    found.folders.append(found.safe(info.filename))
                     continue
                 if kind not in (0, 0o100000) or info.flag_bits & 1 or info.compress_type not in (0, 8):
                     raise DataInvalid(
-                        f"{uri} holds a member that is not a plain file: {info.filename!r}",
+                        f"{unit['uri']} holds a member that is not a plain file: {info.filename!r}",
                         expected="stored or deflated files, not encrypted, no links",
                         found=f"mode {kind:o}, compression {info.compress_type}, flags {info.flag_bits:#x}",
                         remedy="pack the data set again with plain zip",
                     )
-                yield Entry(
-                    info.filename,
-                    info.header_offset,
-                    info.file_size,
-                    info.compress_size,
-                    info.compress_type == 8,
-                )
+                stored = info.compress_size * 2 + (info.compress_type == 8)
+                found.add(info.filename, info.header_offset, info.file_size, stored)
     except (zipfile.BadZipFile, EOFError) as error:
         raise DataInvalid(
-            f"{uri} is not a readable zip: {error}", remedy="check that the file was copied whole"
+            f"{unit['uri']} is not a readable zip: {error}", remedy="check that the file was copied whole"
         ) from None
+    return found

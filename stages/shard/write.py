@@ -1,44 +1,32 @@
-"""Write one shard: read its images by range, check them, pack them, publish.
+"""Write shards: read their images, check them, pack them, publish.
 
-Runs in a worker process. Memory is one image plus, for sources on an object store, the read-ahead of
-`_READERS` images; the shard itself grows in a local temporary file. A shard counts when its part record
-(`parts/<name>.json`, created exclusively) is there; the tar lies under the prefix of the attempt that
-wrote it, so a dead writer's file never mixes with a live one's.
+Runs in a worker process, on a few shards in a row: while one is packed, the one before it is hashed into
+the store by a thread. So at most two shards per worker exist at once, as temporary files; in memory there is
+one image (local sources), or at most two shards' worth (stages/shard/read.py).
+
+A shard counts when its part record (`parts/<name>.json`, created exclusively) is there; the tar lies under
+the prefix of the attempt that wrote it, so a dead writer's file never mixes with a live one's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import io
 import tempfile
-import zlib
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import FileIO
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+from PIL import Image
+
 from cluster import storage
 from cluster.errors import AlreadyExists, DataInvalid
-from stages.data.decode import BadImage, decode, probe
-from stages.shard.scan import FILE, ZIP, local_path
+from stages.data.decode import BadImage, Header, decode, probe
+from stages.shard.read import Samples, Where, read_images
+from stages.shard.scan import local_path
 from stages.shard.ustar import TarWriter
 
-_READERS = 16  # an object store answers a range in about 20 ms; 16 in flight keep one core busy
-_ZIP_SLACK = 512  # local headers repeat the name and may carry extra fields that the directory lacks
-
-
-class Sample(TypedDict):
-    """One image to pack."""
-
-    path: str
-    key: str
-    offset: int
-    size: int
-    stored: int
-    deflated: bool
-    label: int
+QUALITY = 92  # of images shrunk to max_side
 
 
 class ShardJob(TypedDict):
@@ -47,14 +35,21 @@ class ShardJob(TypedDict):
     plan: str  # fingerprint of source and config; a part of another plan is not ours
     split: str
     name: str
-    source: str
-    layout: str
     out: str
     files: str  # URI prefix of this attempt, below `out`
     verify: str
-    max_file_bytes: int
     max_pixels: int
-    samples: list[Sample]
+    max_side: int | None
+    quality: int | None
+    where: Where
+    samples: Samples
+
+
+class Summary(TypedDict):
+    """What the driver keeps of a finished shard."""
+
+    shard: dict[str, Any]
+    skipped: list[dict[str, str]]
 
 
 def part_uri(out: str, name: str) -> str:
@@ -62,37 +57,26 @@ def part_uri(out: str, name: str) -> str:
     return storage.join(out, "parts", f"{name}.json")
 
 
-def write_shard(job: ShardJob) -> dict[str, Any]:
-    """Write, upload and commit one shard; returns its part record (another writer's, if that came first)."""
-    rows: dict[str, list] = {"offset": [], "size": [], "key": [], "label": []}
-    skipped = []
-    with tempfile.TemporaryDirectory(prefix="itpn-shard-") as folder:
-        local = Path(folder) / f"{job['name']}.tar"
-        tar = TarWriter(local)
-        try:
-            for sample, read in _read(job):
-                try:
-                    data, suffix = _check(read, job)
-                except BadImage as bad:
-                    skipped.append({"split": job["split"], "source": sample["path"], "reason": bad.message})
-                    continue
-                rows["offset"].append(tar.add(f"{sample['key']}.{suffix}", data))
-                rows["size"].append(len(data))
-                rows["key"].append(sample["key"])
-                rows["label"].append(sample["label"])
-                tar.add(f"{sample['key']}.cls", str(sample["label"]).encode())
-        finally:
-            total, sha256 = tar.close()
-        uri = storage.join(job["files"], f"{job['name']}.tar")
-        path = uri.removeprefix(storage.join(job["out"]) + "/")
-        storage.upload_file(local, uri)
-    shard = {"name": job["name"], "path": path, "samples": len(rows["key"]), "bytes": total, "sha256": sha256}
-    part = {"plan": job["plan"], "split": job["split"], "shard": shard, "rows": rows, "skipped": skipped}
-    try:
-        storage.write_json_exclusive(part_uri(job["out"], job["name"]), part)
-    except AlreadyExists:
-        return read_part(job["out"], job["name"], job["plan"])
-    return part
+def write_shards(jobs: list[ShardJob]) -> list[Summary]:
+    """Write, upload and commit shards one after another; a shard that is finished already is not written again."""
+    done: list[Future[Summary]] = []
+    # Beside the destination when that is local, so that publishing is a rename and not a copy.
+    beside = local_path(jobs[0]["files"])
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".tmp-itpn-shards-", dir=beside) as folder,
+        ThreadPoolExecutor(1) as publisher,
+    ):
+        for job in jobs:
+            if len(jobs) > 1 and storage.exists(part_uri(job["out"], job["name"])):
+                done.append(publisher.submit(_existing, job))
+                continue
+            packed = _pack(job, Path(folder) / f".tmp-{job['name']}.tar")
+            if done:
+                done[-1].result()  # one shard waits for the store, not more
+            done.append(publisher.submit(_publish, job, *packed))
+        return [future.result() for future in done]
 
 
 def read_part(out: str, name: str, plan: str) -> dict[str, Any]:
@@ -108,78 +92,81 @@ def read_part(out: str, name: str, plan: str) -> dict[str, Any]:
     return part
 
 
+def summary(part: dict[str, Any]) -> Summary:
+    """A part record without its rows."""
+    return Summary(shard=part["shard"], skipped=part["skipped"])
+
+
+def _existing(job: ShardJob) -> Summary:
+    return summary(read_part(job["out"], job["name"], job["plan"]))
+
+
+def _pack(job: ShardJob, local: Path) -> tuple[Path, dict[str, list], list[dict[str, str]], int, str]:
+    """The shard as a local file; its index rows, what was left out, its size and sha256."""
+    samples = job["samples"]
+    offsets: list[int] = []
+    sizes: list[int] = []
+    kept: list[int] = []
+    skipped = []
+    tar = TarWriter(local)
+    try:
+        for at, read in enumerate(read_images(samples, job["where"])):
+            try:
+                data, suffix = _check(read, job)
+            except BadImage as bad:
+                skipped.append({"split": job["split"], "source": samples["paths"][at], "reason": bad.message})
+                continue
+            key = samples["keys"][at]
+            offsets.append(tar.add_pair(f"{key}.{suffix}", data, f"{key}.cls", b"%d" % samples["label"][at]))
+            sizes.append(len(data))
+            kept.append(at)
+        total, sha256 = tar.close()
+    except BaseException:
+        tar.abort()
+        raise
+    rows: dict[str, list] = {
+        "offset": offsets,
+        "size": sizes,
+        "key": [samples["keys"][at] for at in kept],
+        "label": [samples["label"][at] for at in kept],
+    }
+    return local, rows, skipped, total, sha256
+
+
+def _publish(
+    job: ShardJob, local: Path, rows: dict[str, list], skipped: list[dict[str, str]], total: int, sha256: str
+) -> Summary:
+    uri = storage.join(job["files"], f"{job['name']}.tar")
+    path = uri.removeprefix(storage.join(job["out"]) + "/")
+    storage.move_file(local, uri)
+    shard = {"name": job["name"], "path": path, "samples": len(rows["key"]), "bytes": total, "sha256": sha256}
+    part = {"plan": job["plan"], "split": job["split"], "shard": shard, "rows": rows, "skipped": skipped}
+    try:
+        storage.write_json_exclusive(part_uri(job["out"], job["name"]), part)
+    except AlreadyExists:
+        return _existing(job)
+    return summary(part)
+
+
 def _check(read: bytes | BadImage, job: ShardJob) -> tuple[bytes, str]:
     """The bytes and the suffix that they call for (`jpg` or `png`); raises BadImage."""
     if isinstance(read, BadImage):
         raise read
-    header = probe(read, max_bytes=job["max_file_bytes"], max_pixels=job["max_pixels"])
+    header = probe(read, max_pixels=job["max_pixels"])
+    if job["max_side"] is not None and max(header.height, header.width) > job["max_side"]:
+        return _shrink(read, header, job["max_side"], job["quality"] or QUALITY), "jpg"
     if job["verify"] == "decode":
         decode(read, header)
     return read, "jpg" if header.kind == "jpeg" else "png"
 
 
-def _read(job: ShardJob) -> Iterator[tuple[Sample, bytes | BadImage]]:
-    """The bytes of each sample in order, or why they could not be had."""
-    local = local_path(job["source"])
-    if local is not None:
-        with contextlib.ExitStack() as stack:
-            handle = None if job["layout"] == FILE else stack.enter_context(local.open("rb", buffering=0))
-            for sample in job["samples"]:
-                yield sample, _fetch(job, sample, handle)
-        return
-    with ThreadPoolExecutor(_READERS) as pool:
-        ahead: deque[tuple[Sample, Future]] = deque()
-        for sample in job["samples"]:
-            ahead.append((sample, pool.submit(_fetch, job, sample, None)))
-            if len(ahead) == _READERS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for first, future in ahead:
-            yield first, future.result()
-
-
-def _fetch(job: ShardJob, sample: Sample, handle: FileIO | None) -> bytes | BadImage:
-    if sample["size"] > job["max_file_bytes"]:
-        return BadImage(f"{sample['size']} bytes, more than the cap of {job['max_file_bytes']}")
-    if job["layout"] == FILE:
-        data = storage.read_bytes(storage.join(job["source"], sample["path"]))
-    elif job["layout"] == ZIP:
-        return _unzip(job["source"], sample, handle)
-    else:
-        data = _range(job["source"], sample["offset"], sample["size"], handle)
-    if len(data) != sample["size"]:
-        raise DataInvalid(
-            f"{sample['path']} changed while it was read from {job['source']}",
-            expected=f"{sample['size']} bytes",
-            found=f"{len(data)} bytes",
-            remedy="leave the source alone while it is sharded, then run again",
-        )
-    return data
-
-
-def _unzip(uri: str, sample: Sample, handle: FileIO | None) -> bytes | BadImage:
-    guess = 30 + len(sample["path"].encode()) + _ZIP_SLACK + sample["stored"]
-    block = _range(uri, sample["offset"], guess, handle)
-    if block[:4] != b"PK\x03\x04" or len(block) < 30:
-        return BadImage("no zip entry where the directory says there is one")
-    begin = 30 + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
-    if begin + sample["stored"] > len(block):
-        block = _range(uri, sample["offset"], begin + sample["stored"], handle)
-    data = block[begin : begin + sample["stored"]]
-    if sample["deflated"]:
-        try:
-            # The cap on the output is the bomb guard: a member may not grow beyond its stated size.
-            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, sample["size"] + 1)
-        except zlib.error as error:
-            return BadImage(f"zip entry does not inflate: {error}")
-    return (
-        data
-        if len(data) == sample["size"]
-        else BadImage("zip entry has another size than its directory says")
-    )
-
-
-def _range(uri: str, offset: int, length: int, handle: FileIO | None) -> bytes:
-    if handle is None:
-        return storage.read_range(uri, offset, length)
-    return os.pread(handle.fileno(), length, offset)
+def _shrink(data: bytes, header: Header, max_side: int, quality: int) -> bytes:
+    """The image with its longer side scaled to `max_side`, upright, as an RGB JPEG."""
+    factor = max_side / max(header.height, header.width)
+    height, width = (max(1, round(side * factor)) for side in (header.height, header.width))
+    # libjpeg scales by halves for nothing; twice the target leaves the filter something to do.
+    pixels = decode(data, header, min_height=2 * height, min_width=2 * width)
+    image = Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
