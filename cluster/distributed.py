@@ -7,9 +7,11 @@ process without any environment. Collectives carry a time limit: a dead or stuck
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +51,7 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
     import torch
     import torch.distributed as dist
 
+    _die_with_launcher()
     rank, world_size = _integer("RANK", 0), _integer("WORLD_SIZE", 1)
     local_rank = _integer("LOCAL_RANK", rank if world_size == 1 else None)
     gpu = torch.cuda.is_available() if use_gpu is None else use_gpu
@@ -200,6 +203,21 @@ class StopOnSignal:
         if self._installed:
             signal.signal(signal.SIGTERM, self._previous)
         _stop.clear()
+
+
+def _die_with_launcher() -> None:
+    """Under torchrun, ask the kernel for SIGKILL when the launcher dies.
+
+    Ranks are in sessions of their own, so that a killed torchrun would leave them training, and a second start
+    would have two writers.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:  # it died before the call
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _integer(name: str, default: int | None) -> int:

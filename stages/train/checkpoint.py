@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster import distributed, storage
 from cluster.distributed import World
-from cluster.errors import DataInvalid, DriftError, StepFailed
+from cluster.errors import DataInvalid, DriftError, ItpnError, StepFailed
 from stages.artifacts import FileInfo
 from stages.train import state
 from stages.train.config import CheckpointConfig
@@ -269,13 +269,13 @@ def opener(out: str, manifest: dict[str, Any], folder: Path) -> Callable[[str], 
 
 
 def _write_failed(step: int, rank: int, error: BaseException) -> BaseException:
-    if isinstance(error, OSError):
-        return StepFailed(
-            f"rank {rank} could not write the checkpoint of step {step}",
-            found=f"{type(error).__name__}: {error}",
-            remedy="free some disk space, or set checkpoint.local_dir; the last committed checkpoint is intact",
-        )
-    return error
+    if isinstance(error, ItpnError):
+        return error
+    return StepFailed(
+        f"rank {rank} could not write the checkpoint of step {step}",
+        found=f"{type(error).__name__}: {error}",
+        remedy="free some disk space, or set checkpoint.local_dir; the last committed checkpoint is intact",
+    )
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -53,6 +53,9 @@ class EngineConfig(Config):
     micro_batch: int | None = not_identity(None, gt=0)
     clip_grad: float = Field(default=3.0, ge=0)  # global L2 norm; 0 turns clipping off
     compile: bool = not_identity(False)
+    zero3_persist_numel: int = not_identity(
+        100_000, ge=0
+    )  # ZeRO-3 keeps parameters below this whole on every rank
     bucket_mb: float = not_identity(100.0, gt=0)  # size of one gradient reduction
     timeout_s: float = not_identity(600.0, gt=0)  # limit on every collective
 

@@ -93,12 +93,28 @@ class Engine:
                 remedy=f"set engine.micro_batch to {max(d for d in range(1, micro + 1) if rank_batch % d == 0)}",
             )
         deepspeed = _deepspeed(world)
+        if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                "precision fp16 does not work on this device",
+                found=world.device,
+                remedy="set engine.precision to bf16 or fp32, or train on a GPU",
+            )
+        if config.precision == "fp16" and config.zero_stage == 0:
+            # DeepSpeed 0.19 divides the gradients by the loss scale there without having multiplied the loss.
+            raise ConfigError(
+                "precision fp16 cannot be used with zero_stage 0",
+                expected="zero_stage 1, 2 or 3",
+                found=0,
+                remedy="set engine.zero_stage=1",
+            )
         frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
         names = {id(p): n for n, p in module.named_parameters()}
         module.to(world.device)
         base = GuardedAdamW(
             ({key: value for key, value in group.items() if key != "names"} for group in groups), optimiser
         )
+        # Some of DeepSpeed's wrappers take a step with zero gradients while they are built, which would decay weights.
+        base.skip = True
         with _quiet():
             wrapped, _, _, _ = deepspeed.initialize(
                 model=module,
@@ -106,6 +122,7 @@ class Engine:
                 config=_deepspeed_config(config, world, micro, rank_batch // micro),
                 dist_init_required=False,
             )
+        base.skip = False
         if config.compile:
             wrapped.compile()
         engine = cls(
@@ -163,23 +180,23 @@ class Engine:
         """Optimiser steps applied so far (AdamW's own count)."""
         return int(self.optimiser.state[self._flat_masters()[0]]["step"].item())
 
-    def scalars(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float | None]:
         """The state that is not in fragments, equal on all ranks: AdamW's step count and fp16's loss scale."""
-        values: dict[str, float] = {"adam_step": self.optimiser_steps()}
+        values: dict[str, float | None] = {"adam_step": self.optimiser_steps()}
         scaler = self._scaler()
         for key in _SCALER_FIELDS:
             if scaler is not None and hasattr(scaler, key):
                 values[key] = getattr(scaler, key)
         return values
 
-    def after_load(self, scalars: dict[str, float]) -> None:
+    def after_load(self, scalars: dict[str, Any]) -> None:
         """Take over `scalars`, and bring the working weights in line with the fragments just filled."""
         for flat in self._flat_masters():
             self.optimiser.state[flat]["step"].fill_(float(scalars["adam_step"]))
         scaler = self._scaler()
         for key in _SCALER_FIELDS:
             if scaler is not None and hasattr(scaler, key) and key in scalars:
-                setattr(scaler, key, type(getattr(scaler, key))(scalars[key]))
+                setattr(scaler, key, scalars[key])
         zero = self.model.optimizer
         if self.config.zero_stage == 3:
             for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
@@ -312,6 +329,7 @@ def _deepspeed_config(config: EngineConfig, world: World, micro: int, accumulati
             "contiguous_gradients": gpu,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            "stage3_param_persistence_threshold": config.zero3_persist_numel,
         },
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         "fp16": {

@@ -22,6 +22,8 @@ from stages.model import BackboneConfig, Classifier, save_model
 from tests.stages.images import shard_folder, write_image_folder
 from tests.stages.train import ranks
 
+pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
+
 BACKBONE = BackboneConfig(img_size=32, embed_dim=32, depths=(1, 1, 1), num_heads=2)
 CONFIG = EvaluateConfig(data=EvalDataConfig(view=EvalView(size=32, crop_pct=1.0), batch_size=4))
 CLASSES = 7

@@ -22,11 +22,11 @@ def start(world_size: int, spec: Any, folder: Path, script: Path = TOY) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"spec-{uuid.uuid4().hex[:8]}.json"
     path.write_text(json.dumps(spec))
-    port, attempt = free_port(), uuid.uuid4().hex[:8]
+    port = free_port()
     processes = []
     for rank in range(world_size):
         environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "ATTEMPT": attempt,
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu",
             # The same arithmetic on every CPU: no kernels chosen by instruction set.
@@ -41,12 +41,12 @@ def start(world_size: int, spec: Any, folder: Path, script: Path = TOY) -> list[
     return processes
 
 
-def wait(processes: list[subprocess.Popen], timeout_s: float = 90) -> list[int]:
+def wait(processes: list[subprocess.Popen], timeout_s: float = 300) -> list[int]:
     """Exit codes of all ranks. When one ends badly the others get a little time, then are killed, as torchrun does."""
     deadline = time.monotonic() + timeout_s
     while any(p.poll() is None for p in processes):
         if any(p.poll() not in (None, 0) for p in processes):
-            deadline = min(deadline, time.monotonic() + 10)
+            deadline = min(deadline, time.monotonic() + 30)
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
@@ -54,7 +54,7 @@ def wait(processes: list[subprocess.Popen], timeout_s: float = 90) -> list[int]:
     return [p.returncode for p in processes]
 
 
-def run(world_size: int, spec: Any, folder: Path, timeout_s: float = 90, script: Path = TOY) -> list[int]:
+def run(world_size: int, spec: Any, folder: Path, timeout_s: float = 300, script: Path = TOY) -> list[int]:
     """`start` and `wait`."""
     return wait(start(world_size, spec, folder, script), timeout_s)
 

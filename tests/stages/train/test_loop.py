@@ -11,6 +11,8 @@ import pytest
 from cluster import storage
 from tests.stages.train import ranks
 
+pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
+
 CURVE = Path(__file__).with_name("data") / "curve.json"
 BASE: dict[str, Any] = {
     "global_batch": 8,
@@ -28,7 +30,15 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
     specs: dict[str, dict[str, Any]] = {
         "golden": {"loop": loop(schedule={"steps": 30, "warmup_steps": 5}, checkpoint={}, ema_decay=0.9)},
         "ddp": {"mode": "ddp", "dropout": 0, "loop": loop()},
-        **{f"zero{z}": {"dropout": 0, "loop": loop(engine={"zero_stage": z})} for z in range(4)},
+        **{
+            f"zero{z}": {"dropout": 0, "loop": loop(engine={"zero_stage": z, "zero3_persist_numel": 0})}
+            for z in range(4)
+        },
+        **{
+            f"bf16 zero{z}": {"dropout": 0, "loop": loop(engine={"zero_stage": z, "precision": "bf16"})}
+            for z in range(4)
+        },
+        "fp16": {"dropout": 0, "fake_fp16": True, "nan_at": [6], "loop": loop(engine={"precision": "fp16"})},
         "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
         "nan": {"nan_at": [3], "loop": loop()},
         "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
@@ -36,6 +46,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "recovers": {"nan_at": [5, 6], "loop": loop(guard=guard)},
         "spike": {"spike_at": [6], "loop": loop(guard={"spike_factor": 3, "spike_window": 5})},
         "terminated": {"terminate_at": 5, "loop": loop()},
+        "disk full": {"disk_full_at": 5, "loop": loop()},
         "other data": {"data": ["one", "another"], "loop": loop()},
         "odd batch": {"loop": loop(global_batch=7)},
     }
@@ -48,6 +59,8 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
     # The same output folder again: it goes on where it was told to stop.
     specs["resumed"] = {**specs["terminated"], "result": str(root / "resumed.result"), "name": "resumed"}
     del specs["resumed"]["terminate_at"]
+    specs["room again"] = {**specs["disk full"], "result": str(root / "room again.result"), "name": "again"}
+    del specs["room again"]["disk_full_at"]
     specs["undisturbed"] = {
         **specs["resumed"],
         "out": str(root / "undisturbed"),
@@ -62,7 +75,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     root = tmp_path_factory.mktemp("loop")
     specs = scenarios(root)
-    codes = ranks.run(2, list(specs.values()), root / "processes", timeout_s=150)
+    codes = ranks.run(2, list(specs.values()), root / "processes", timeout_s=400)
     text = ranks.errors(root / "processes")
     assert codes[0] == codes[1] and "Traceback" not in text, text
     return root, {name: ranks.results(root / f"{name}.result", 2) for name in specs}
@@ -79,6 +92,38 @@ def test_golden_curve_of_30_steps_is_reproduced_exactly(ran):
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3", "pieces"])
 def test_every_zero_stage_takes_the_steps_of_plain_ddp(ran, name):
     assert ran[1][name][0]["losses"] == pytest.approx(ran[1]["ddp"][0]["losses"], rel=2e-6)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_zero_stage_is_really_in_effect(ran, stage):
+    for facts in (result["partition"] for result in ran[1][f"zero{stage}"]):
+        whole = facts["parameters"]
+        assert facts["stage"] == stage
+        assert facts["gradients_partitioned"] == (stage >= 2)
+        assert facts["resident"] == (whole if stage < 3 else 0)
+        padded = 0.02 * whole + 64
+        assert facts["optimiser"] == pytest.approx(whole if stage == 0 else whole / 2, abs=padded)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_bf16_follows_the_fp32_curve_within_its_precision(ran, stage):
+    assert ran[1][f"bf16 zero{stage}"][0]["losses"] == pytest.approx(ran[1]["ddp"][0]["losses"], rel=5e-3)
+
+
+def test_fp16_overflow_lowers_the_loss_scale_and_is_no_fault(ran):
+    result = ran[1]["fp16"][0]
+    assert result["losses"][:6] == pytest.approx(ran[1]["ddp"][0]["losses"][:6], rel=5e-3)
+    assert result["optimiser_steps"] == 7
+
+
+def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint_usable(ran):
+    root, results = ran
+    for result in results["disk full"]:
+        assert (
+            result["error"] == "StepFailed"
+            and "could not write the checkpoint of step 8" in result["message"]
+        )
+    assert _hashes(root / "disk full", 8) == _hashes(root / "undisturbed", 8)
 
 
 @pytest.mark.parametrize("name", ["nan", "gradient"])

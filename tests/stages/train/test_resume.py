@@ -11,6 +11,8 @@ import pytest
 from cluster import storage
 from tests.stages.train import ranks
 
+pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
+
 LOOP: dict[str, Any] = {
     "global_batch": 8,
     "schedule": {"steps": 12, "warmup_steps": 2},

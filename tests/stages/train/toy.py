@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster import distributed
+from cluster import distributed, storage
 from cluster.errors import ItpnError
+from stages.train import state
 from stages.train.config import LoopConfig
 from stages.train.loop import Trainer
 from stages.train.optim import parameter_groups
@@ -48,6 +51,66 @@ class Batch:
             )
 
 
+class Killer:
+    """Kills this process at instants that the spec lists, each only once over all restarts."""
+
+    def __init__(self) -> None:
+        self.kills: list[dict[str, Any]] = []
+        self.counts: dict[str, int] = {}
+
+    def install(self, spec: dict[str, Any], rank: int) -> None:
+        """Watch the calls that make a save: writing a local file, uploading it, committing the manifest."""
+        self.kills, self.folder = spec["kills"], Path(spec["out"])
+        for module, name in (
+            (state, "save_file"),
+            (storage, "upload_file"),
+            (storage, "write_json_exclusive"),
+        ):
+            setattr(module, name, self._watched(getattr(module, name), name, rank))
+
+    def at(self, where: str, number: int, rank: int) -> None:
+        for index, kill in enumerate(self.kills):
+            if (kill["where"], kill["number"], kill["rank"]) == (where, number, rank):
+                try:
+                    (self.folder / f"killed-{index}").touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def _watched(self, call: Any, name: str, rank: int) -> Any:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.counts[name] = number = self.counts.get(name, 0) + 1
+            if name == "save_file" and any(k["where"] == "half " + name for k in self.kills):
+                Path(args[1]).write_bytes(b"half a file")
+                self.at("half " + name, number, rank)
+            self.at("before " + name, number, rank)
+            result = call(*args, **kwargs)
+            self.at("after " + name, number, rank)
+            return result
+
+        return watched
+
+
+killer = Killer()
+
+
+def partition_facts(engine: Any) -> dict[str, Any]:
+    """What of the state this rank holds, read from DeepSpeed's own structures."""
+    parameters = list(engine.module.parameters())
+    zero = engine.model.optimizer
+    whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    partitions = getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {})  # of stage 3
+    gradients = sum(part.numel() for part in partitions.values())
+    return {
+        "stage": engine.model.zero_optimization_stage(),
+        "parameters": whole,
+        "resident": sum(p.data.numel() for p in parameters),
+        "optimiser": sum(t.numel() for s in engine.optimiser.state.values() for t in s.values() if t.dim())
+        // 2,
+        "gradients_partitioned": 0 < gradients < whole or getattr(zero, "partition_gradients", False),
+    }
+
+
 class Feed:
     def __init__(self, spec: dict, world: distributed.World, start: tuple[int, int], steps: int) -> None:
         self.spec, self.world, self.wait_s = spec, world, 0.0
@@ -55,6 +118,8 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         total, world = self.spec["loop"]["global_batch"], self.world
+        if "samples" in self.spec:
+            Path(f"{self.spec['samples']}-{world.rank}.pid").write_text(str(os.getpid()))
         for index in range(self.first, self.end):
             ids = np.arange(index * total, (index + 1) * total)[world.rank :: world.world_size]
             if "samples" in self.spec:
@@ -87,6 +152,8 @@ class ToyTask:
     def __init__(self, spec: dict, world: distributed.World) -> None:
         torch.manual_seed(0)
         self.spec, self.world, self.module = spec, world, Toy(spec.get("dropout", 0.2))
+        self.partition: dict[str, Any] = {}
+        self.trainer: Any = None
 
     def losses(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
         spec, rank = self.spec, self.world.rank
@@ -97,6 +164,11 @@ class ToyTask:
         if step == spec.get("hang_at") and rank == 1:
             time.sleep(3600)
         time.sleep(spec.get("step_s", 0))
+        if step == spec.get("disk_full_at"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        if step == 3 and self.trainer is not None:
+            self.partition = partition_facts(self.trainer.engine)
+        killer.at("step", step, rank)
         x = batch.images.flatten(1).to(next(self.module.parameters()).dtype) / 255
         loss = nn.functional.cross_entropy(model(x).float(), batch.labels)
         if step in spec.get("nan_at", []) and rank == self.world.world_size - 1:
@@ -135,17 +207,28 @@ def plain_ddp(spec: dict, world: distributed.World, config: LoopConfig) -> dict:
     return {"losses": losses}
 
 
+def attempt(world: distributed.World) -> str:
+    """The same on all ranks; another in every (re)start."""
+    return distributed.broadcast_object(uuid.uuid4().hex[:8])
+
+
 def train(spec: dict, world: distributed.World) -> dict:
     config = LoopConfig.parse(spec["loop"])
     if spec.get("mode") == "ddp":
         return plain_ddp(spec, world, config)
+    task = ToyTask(spec, world)
     trainer = Trainer(
-        task=ToyTask(spec, world), config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,
+        task=task, config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,
         make_feed=lambda start, end: Feed(spec, world, start, end),
-        out=spec["out"], attempt=f"{os.environ['ATTEMPT']}{spec.get('name', '')}", identity=config.identity(),
+        out=spec["out"], attempt=f"{attempt(world)}{spec.get('name', '')}", identity=config.identity(),
         data_fingerprint=spec.get("data", ["toy"] * world.world_size)[world.rank],
     )  # fmt: skip
-    result = trainer.train()
+    task.trainer = trainer
+    try:
+        result = trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    result["partition"] = task.partition
     texts = [Path(spec["out"], part["path"]).read_text() for part in result["metrics"]]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
     result["losses"] = [line["loss"] for line in lines if "loss" in line]
@@ -164,7 +247,13 @@ def main() -> int:
     code = 0
     try:
         for spec in specs if isinstance(specs, list) else [specs]:
+            if spec.get("fake_fp16"):
+                from deepspeed.accelerator import get_accelerator
+
+                get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, but it works
             world = distributed.init(timeout_s=spec.get("timeout_s", 60), use_gpu=False)
+            if "kills" in spec:
+                killer.install(spec, world.rank)
             try:
                 result, code = train(spec, world), 0
             except ItpnError as error:
