@@ -4,7 +4,7 @@ The library is the Debian package ``openclipart-png`` (public domain).  A captio
 image's folders and title.  The images of clipart-12's validation split and everything that looks
 like them are left out.  Run from the repository root, first to train, then to print the figures again:
 
-    python assets/train_clip_micro.py --out assets/clip-micro --epochs 32
+    python assets/train_clip_micro.py --out assets/clip-micro
     python assets/train_clip_micro.py --out assets/clip-micro --evaluate
 
 CLIP trains its class token only.  The pre-training here learns from the patch tokens, so the same
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--tar", type=Path, default=Path("assets/clipart-12.tar"), help="for the evaluation")
     parser.add_argument("--cache", type=Path, help="an .npz file that keeps the decoded library")
     parser.add_argument("--evaluate", action="store_true", help="only measure the model in --out")
-    parser.add_argument("--epochs", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=90)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
