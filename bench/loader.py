@@ -156,7 +156,7 @@ def main() -> None:
 def _worker_memory(dataset: ShardDataset) -> float:
     """Memory of one loader process (unique set size) after some batches, in MB."""
     stream = feed(dataset, 0, workers=1)
-    for _ in range(8):
+    for _ in range(min(8, len(dataset) // BATCH)):
         next(stream)
     loaders = [
         child
