@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
+from threading import Thread
 from typing import Any, Protocol
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StepFailed
 from cluster.resources import Resources
 
 
@@ -50,13 +52,34 @@ class LocalExecutor:
             yield from (fn(item) for item in items)
             return
         # spawn: the children make their own object-store clients, which do not survive a fork.
-        with ProcessPoolExecutor(resources.workers, mp_context=get_context("spawn")) as pool:
+        pool = ProcessPoolExecutor(
+            resources.workers, mp_context=get_context("spawn"), initializer=_end_with_parent
+        )
+        with pool:
             pending: set[Future[Any]] = set()
-            for item in items:
-                pending.add(pool.submit(fn, item))
-                if len(pending) >= resources.workers:
+            try:
+                for item in items:
+                    pending.add(pool.submit(fn, item))
+                    if len(pending) >= resources.workers:
+                        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                        yield from (future.result() for future in done)
+                while pending:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from (future.result() for future in done)
+            except BrokenProcessPool:
+                raise StepFailed(
+                    "a worker process died",
+                    remedy="run again: finished work stays; if it repeats, look for an out-of-memory kill (dmesg)",
+                ) from None
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone: after a SIGKILL of the driver, a pool's workers wait for ever."""
+    parent = parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            connection.wait([parent.sentinel])
+            os._exit(1)
+
+        Thread(target=watch, daemon=True).start()

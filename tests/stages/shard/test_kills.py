@@ -1,0 +1,149 @@
+"""SIGKILL of a worker or of the driver at any instant: a rerun completes the data set, byte for byte."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+
+from cluster.executor import LocalExecutor
+from cluster.resources import Resources
+from stages.artifacts import DatasetRef
+from stages.context import StageContext
+from stages.data.manifest import load_manifest, resolve
+from stages.shard.config import ShardConfig
+from stages.shard.stage import run
+from tests.stages.images import write_image_folder
+
+_FORK = multiprocessing.get_context("fork")
+
+
+class _Forked(LocalExecutor):
+    """Processes of the local executor, forked: a local store has no clients that a fork could break."""
+
+    def map(self, fn: Callable[[Any], Any], items: Iterable[Any], resources: Resources) -> Iterator[Any]:
+        with ProcessPoolExecutor(resources.workers, mp_context=_FORK) as pool:
+            yield from pool.map(fn, items)
+
+
+def _config(source: Path) -> ShardConfig:
+    return ShardConfig(name="killed", source=str(source), shard_samples=6)
+
+
+def _drive(source: Path, out: Path) -> None:
+    os.setsid()
+    context = StageContext(out=str(out), executor=_Forked(), resources=Resources(workers=2))
+    run(_config(source), {}, context)
+
+
+def _finish(source: Path, out: Path) -> DatasetRef:
+    artifact = run(_config(source), {}, StageContext(out=str(out))).artifact
+    assert isinstance(artifact, DatasetRef)
+    return artifact
+
+
+def _files(ref: DatasetRef) -> dict[str, bytes]:
+    """Shards and indices by name."""
+    manifest = load_manifest(ref.manifest)
+    found = {}
+    for name, split in manifest.splits.items():
+        for label, path in [(f"{name} index", split.index.path), *((s.name, s.path) for s in split.shards)]:
+            found[label] = Path(resolve(ref.manifest, manifest, path)).read_bytes()
+    return found
+
+
+@pytest.mark.slow
+def test_kills_at_twenty_seeded_instants_change_no_byte(tmp_path: Path) -> None:
+    source = write_image_folder(tmp_path / "in", classes=3, train=60, val=4)
+    began = time.monotonic()
+    driver = _FORK.Process(target=_drive, args=(source, tmp_path / "whole"))
+    driver.start()
+    driver.join()
+    duration_s = time.monotonic() - began
+    reference = _files(_finish(source, tmp_path / "whole"))
+    random, interrupted = Random(4), 0
+    for trial in range(20):
+        out = tmp_path / str(trial)
+        driver = _FORK.Process(target=_drive, args=(source, out))
+        driver.start()
+        time.sleep(random.uniform(0.02, duration_s))
+        with suppress(psutil.NoSuchProcess):  # it had finished: the instants cover the end too
+            victims = [psutil.Process(driver.pid)]
+            if trial % 2:  # a worker, where there is one already
+                victims = psutil.Process(driver.pid).children() or victims
+            os.kill(random.choice(victims).pid, signal.SIGKILL)
+        if trial % 4 == 0:  # the workers of a killed driver go on writing while the next run begins
+            ref = _finish(source, out)
+            driver.join()
+        else:
+            driver.join()  # without a limit: the orphans hold the pipe that a limited wait watches
+            ref = _finish(source, out)
+        interrupted += driver.exitcode != 0
+        with suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
+        assert _files(ref) == reference, f"trial {trial}"
+    assert interrupted >= 10
+
+
+@pytest.mark.slow
+def test_ray_replaces_a_killed_worker_and_no_byte_changes(tmp_path: Path) -> None:
+    from cluster.jobs import RayExecutor, Session
+
+    source = write_image_folder(tmp_path / "in", classes=3, train=60, val=4)
+    reference = _files(_finish(source, tmp_path / "whole"))
+    session = Session()
+    try:
+        for trial, kill in enumerate((_kill_a_ray_worker, lambda: None)):
+            out = tmp_path / str(trial)
+            killer = multiprocessing.get_context("fork").Process(target=kill)
+            killer.start()
+            context = StageContext(out=str(out), executor=RayExecutor(), resources=Resources(workers=2))
+            artifact = run(_config(source), {}, context).artifact
+            killer.join()
+            assert isinstance(artifact, DatasetRef) and killer.exitcode == 0
+            assert _files(artifact) == reference
+    finally:
+        session.close()
+
+
+def _kill_a_ray_worker() -> None:
+    """SIGKILL the first process that runs a task of ours."""
+    test = psutil.Process(os.getppid())
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for process in test.children(recursive=True):
+            try:
+                title = " ".join(process.cmdline()[:1])
+                if title.startswith("ray::write_shards"):
+                    process.kill()
+                    return
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        time.sleep(0.002)
+    raise SystemExit("no task was seen")
+
+
+def test_workers_of_a_killed_program_end_with_it(image_folder: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "stages.shard", "--out", str(tmp_path / "out"), "--workers", "2"]
+    settings = ["--set", "name=killed", "--set", f"source={image_folder}", "--set", "shard_samples=1"]
+    driver = psutil.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "out/parts"
+    while driver.poll() is None and not (parts.is_dir() and any(parts.iterdir())):
+        time.sleep(0.005)
+    workers = driver.children()
+    driver.kill()
+    driver.wait()
+    assert len(workers) >= 2
+    assert psutil.wait_procs(workers, timeout=20)[1] == []

@@ -1,0 +1,142 @@
+"""Reading a source: few requests, bounded memory, the same bytes from a store as from a disk; re-encoding."""
+
+from __future__ import annotations
+
+import io
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from cluster import storage
+from cluster.errors import ConfigError
+from stages.artifacts import DatasetRef
+from stages.data.decode import decode, probe
+from stages.data.manifest import load_manifest, resolve
+from stages.shard.config import ShardConfig
+from stages.shard.read import GAP_BYTES, plan_runs
+from tests.stages.images import jpeg, picture, shard_folder
+from tests.stages.shard.archives import (
+    WNIDS,
+    class_images,
+    contents,
+    official,
+    tar_bytes,
+    write_parquet,
+)
+
+
+def test_neighbours_come_in_one_request() -> None:
+    near = plan_runs([0, 0, 0, 1], [2000, 0, 1000, 3000], [1000] * 4)
+    assert [sorted(run) for run in near] == [[0, 1, 2], [3]]
+    far = plan_runs([0, 0], [0, 1001 + GAP_BYTES], [1000, 1000])
+    assert far == [[0], [1]]
+    assert len(plan_runs([0] * 10, list(range(0, 10_000, 1000)), [1000] * 10, run_bytes=3000)) == 4
+    assert plan_runs([-1, -1], [0, 0], [5, 5]) == [[0], [1]]  # files of their own are never joined
+
+
+@pytest.mark.parametrize("kind", ["official", "zip", "folder", "parquet"])
+def test_an_object_store_gives_the_same_shards_as_a_disk(
+    tmp_path: Path, moto_root: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [(f"{w}/{name}", data) for w in WNIDS for name, data in class_images(w)]
+    source = tmp_path / "in"
+    source.mkdir()
+    if kind == "official":
+        official(source)
+    elif kind == "zip":
+        with zipfile.ZipFile(source / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in images:
+                archive.writestr(name, data)
+    elif kind == "parquet":
+        rows = [(data, None, WNIDS.index(name[:9])) for name, data in images]
+        write_parquet(source / "train-00000-of-00001.parquet", rows, list(WNIDS))
+    else:
+        for name, data in images:
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_bytes(data)
+    storage.upload_tree(source, f"{moto_root}/in")
+    local = shard_folder(source, tmp_path / "out", shard_samples=9)
+    requests = []
+    original = storage.read_range
+    monkeypatch.setattr(storage, "read_range", lambda *a: requests.append(a) or original(*a))
+    remote = shard_folder(f"{moto_root}/in", tmp_path / "remote", shard_samples=9)  # type: ignore[arg-type]
+    assert remote.fingerprint == local.fingerprint and contents(remote) == contents(local)
+    assert len(requests) < 30  # 22 images, their headers, and the labels: coalesced
+
+
+def test_writing_to_an_object_store_gives_the_same_shards(
+    image_folder: Path, tiny_dataset: DatasetRef, moto_root: str
+) -> None:
+    from cluster.resources import Resources
+    from stages.context import StageContext
+    from stages.shard.stage import run
+
+    config = ShardConfig(name="tiny", source=str(image_folder), shard_samples=8)
+    ref = run(config, {}, StageContext(out=f"{moto_root}/out", resources=Resources())).artifact
+    assert isinstance(ref, DatasetRef) and ref.fingerprint == tiny_dataset.fingerprint
+    manifest = load_manifest(ref.manifest)
+    shard = manifest.splits["train"].shards[0]
+    data = storage.read_bytes(resolve(ref.manifest, manifest, shard.path))
+    assert storage.sha256_bytes(data) == shard.sha256
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_worker_holds_less_than_two_shards_in_memory(tmp_path: Path, kind: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    data = buffer.getvalue()  # 120 KB
+    if kind == "tar":
+        source = tmp_path / "a.tar"
+        source.write_bytes(tar_bytes((f"c/{i:04d}.png", data) for i in range(400)))
+    else:
+        source = write_parquet(tmp_path / "a.parquet", [(data, None, 0)] * 400, ["c"], group=40)
+    tracemalloc.start()
+    ref = shard_folder(source, tmp_path / "out", shard_samples=100)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    shard_bytes = load_manifest(ref.manifest).splits["train"].shards[0].bytes
+    assert shard_bytes > 10e6
+    assert peak < 2 * shard_bytes, f"{peak / shard_bytes:.2f} shards"
+
+
+def test_images_beyond_max_side_are_shrunk_and_others_kept(image_folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "c").mkdir(parents=True)
+    small, large = jpeg(picture(1)), jpeg(picture(2, height=300, width=400))
+    (source / "c/small.jpg").write_bytes(small)
+    (source / "c/large.jpg").write_bytes(large)
+    rotated = Image.new("RGB", (400, 300), "red")
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    (source / "c/rotated.jpg").write_bytes(jpeg(rotated, exif=exif))
+    picture(3, height=300, width=400).save(source / "c/large2.png")
+    found = contents(shard_folder(source, tmp_path / "out", max_side=128, quality=80))["train"]
+    assert found["c/small"] == ("jpg", small, 0)
+    sizes = {key: (probe(data).height, probe(data).width) for key, (_, data, _) in found.items()}
+    assert sizes["c/large"] == sizes["c/large2"] == (96, 128) and sizes["c/rotated"] == (128, 96)
+    assert {suffix for suffix, *_ in found.values()} == {"jpg"}
+    pixels = decode(found["c/large"][1], probe(found["c/large"][1])).astype(float)
+    expected = np.asarray(Image.open(io.BytesIO(large)).resize((128, 96), Image.Resampling.LANCZOS))
+    assert np.abs(pixels - expected).mean() < 4
+
+
+def test_quality_without_max_side_is_refused() -> None:
+    with pytest.raises(ConfigError, match="set max_side too"):
+        ShardConfig.parse({"name": "a", "source": "b", "quality": 90})
+
+
+def test_webdataset_reads_every_layouts_shards(tmp_path: Path) -> None:
+    ref = shard_folder(official(tmp_path / "in"), tmp_path / "out", shard_samples=5)
+    manifest = load_manifest(ref.manifest)
+    for name, split in manifest.splits.items():
+        seen = {}
+        for shard in split.shards:
+            for sample in wds.WebDataset(resolve(ref.manifest, manifest, shard.path), shardshuffle=False):
+                seen[sample["__key__"]] = ("jpg", sample["jpg"], int(sample["cls"]))
+        assert seen == contents(ref)[name]
