@@ -73,6 +73,7 @@ def undisturbed(ref: DatasetRef) -> Batches:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # five processes that import torch: 15 s on an idle machine
 def test_kill_and_resume_on_2_then_1_then_2_ranks(tiny_dataset: DatasetRef, tmp_path: Path) -> None:
     expected = undisturbed(tiny_dataset)
