@@ -13,7 +13,7 @@ from cluster import storage
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
-from pipeline.commands import results, shard
+from pipeline.commands import checkpoints, registry, results, shard
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import Registry
 from pipeline.runner import Runner, State, StepStatus, exit_code
@@ -29,6 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(results.app, name="results")
+app.add_typer(checkpoints.app, name="checkpoints")
+app.add_typer(registry.app, name="registry")
 app.add_typer(shard.app, name="shard")
 
 RecipeArg = Annotated[str, typer.Argument(help="Name of the recipe: " + ", ".join(recipes.names()))]

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
+import pyarrow as pa
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from cluster import storage
+from cluster.errors import ConfigError
 from pipeline import view
-from pipeline.commands.common import JsonOpt, RootOpt, err, guarded, root_of
+from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import Registry
+from pipeline.registry import compare as comparing
+from pipeline.registry.lineage import lineage
+from pipeline.registry.rows import select
+from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
+SHOWN = "id,created_at,run,dataset,split,metric,value,init,seed,step"
+WhereOpt = Annotated[
+    list[str], typer.Option("--where", metavar="CONDITION", help="FIELD OP VALUE; OP is = != < <= > >= or ~.")
+]
 
 
 @app.command("list")
@@ -25,22 +39,89 @@ def results_list(
     init: Annotated[str | None, typer.Option(help="Only pretrained or scratch.")] = None,
     seed: Annotated[int | None, typer.Option(help="Only this seed.")] = None,
     run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
+    where: WhereOpt = [],  # noqa: B006  (typer copies it)
+    sort: Annotated[str | None, typer.Option(help="Field to sort by; -FIELD for descending.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
+    columns: Annotated[str, typer.Option(help="Fields of the table and the CSV.")] = SHOWN,
+    from_view: Annotated[
+        bool, typer.Option("--view", help="Read the Delta view as of its last sync: fast with many rows.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
+    parquet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all fields to a Parquet file.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """All results, oldest first.
 
-    [bold]Example[/]: itpn results list --root runs/demo --metric top1 --json
+    [bold]Examples[/]
+
+      itpn results list --root runs/demo --metric top1 --json
+
+      itpn results list --root runs/demo --where 'value>=80' --where step~pretrained --sort -value --csv
     """
     uri = storage.join(root_of(root))
-    rows = Registry(uri).results(
-        metric=metric, dataset=dataset, split=split, init=init, seed=seed, run=run_name
-    )
+    equal = {
+        "metric": metric,
+        "dataset": dataset,
+        "split": split,
+        "init": init,
+        "seed": seed,
+        "run": run_name,
+    }
+    table = select(_table(uri, from_view), where, equal=equal, sort=sort, limit=limit)
+    names = _columns(columns, table)
+    if parquet:
+        import pyarrow.parquet as pq
+
+        pq.write_table(table, parquet)
+        err.print(f"{len(table)} rows in {parquet}")
     if as_json:
-        view.print_json({"ok": True, "root": uri, "results": [row.model_dump(mode="json") for row in rows]})
-    elif rows:
-        Console().print(view.rows_table(rows))
+        rows = table.to_pylist()
+        for row in rows:
+            row["evaluator"] = json.loads(row["evaluator"])
+        view.print_json({"ok": True, "root": uri, "results": rows})
+    elif as_csv:
+        import sys
+
+        import pyarrow.csv
+
+        pyarrow.csv.write_csv(table.select(names), sys.stdout.buffer)
+    elif parquet:
+        return
+    elif len(table):
+        console_of(False).print(_rich_table(table.select(names)))
     else:
         err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some")
+
+
+@app.command("show")
+@guarded
+def results_show(
+    result: Annotated[str, typer.Argument(help="Start of a result's id (see list).")],
+    root: RootOpt = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """One result and everything it was made from.
+
+    [bold]Example[/]: itpn results show 3f2a --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    hits = [row for row in registry.results() if row.id.startswith(result)]
+    if len(hits) != 1:
+        raise ConfigError(
+            f"'{result}' begins the id of {len(hits)} results", expected="one", remedy="itpn results list"
+        )
+    row = {"id": hits[0].id, **hits[0].model_dump(mode="json")}
+    origin = lineage(registry.root, hits[0].step)
+    if as_json:
+        view.print_json({"ok": True, "root": registry.root, "result": row, "lineage": origin})
+        return
+    console = console_of(False)
+    for key, value in row.items():
+        console.print(Text(f"{key:<22}{value}"), soft_wrap=True)
+    console.print()
+    print_lineage(console, origin)
 
 
 @app.command("best")
@@ -50,15 +131,145 @@ def results_best(
     metric: Annotated[str, typer.Option(help="Metric to judge by.")] = "top1",
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
     split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="The best of each value of this field, e.g. init, run.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """The best result of a metric.
 
-    [bold]Example[/]: itpn results best --root runs/demo --metric top1
+    [bold]Examples[/]
+
+      itpn results best --root runs/demo --metric top1
+
+      itpn results best --root runs/demo --metric top1 --by init
     """
     uri = storage.join(root_of(root))
-    row = Registry(uri).best(metric, dataset=dataset, split=split)
+    registry = Registry(uri)
+    best = registry.best(metric, dataset=dataset, split=split)
+    rows = [best]
+    if by:
+        everything = registry.results(metric=metric, dataset=dataset, split=split)
+        if by not in type(best).model_fields:
+            raise ConfigError(
+                f"results have no field '{by}'", remedy=nearest(by, list(type(best).model_fields))
+            )
+        values = {str(getattr(row, by)): getattr(row, by) for row in everything}
+        equal = {"dataset": dataset, "split": split}
+        rows = [
+            registry.best(metric, **(equal | {by: value})) for _, value in sorted(values.items()) if value is not None
+        ]  # fmt: skip
     if as_json:
-        view.print_json({"ok": True, "root": uri, "best": row.model_dump(mode="json")})
+        found = [row.model_dump(mode="json") for row in rows]
+        view.print_json({"ok": True, "root": uri, "best": found if by else found[0]})
     else:
-        Console().print(view.rows_table([row]))
+        console_of(False).print(view.rows_table(rows))
+
+
+@app.command("compare")
+@guarded
+def results_compare(
+    groups: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more: an alias, a run, a step, a checkpoint's sha256, or FIELD=VALUE,FIELD=VALUE."
+        ),
+    ],
+    root: RootOpt = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Groups of results side by side: differences, the spread over seeds, configs, data.
+
+    [bold]Example[/]: itpn results compare init=scratch init=pretrained --root runs/demo
+    """
+    if len(groups) < 2:
+        raise ConfigError("compare needs two groups or more", found=f"only '{groups[0]}'")
+    registry = Registry(root_of(root))
+    found = comparing.compare(registry, groups)
+    if as_json:
+        view.print_json({"ok": True, "root": registry.root, **found})
+        return
+    table = Table()
+    for heading in ("data", "metric", *groups):
+        table.add_column(Text(heading), justify="left" if heading in ("data", "metric") else "right")
+    for line in found["metrics"]:
+        cells = [Text(_cell(fact)) for fact in line["groups"]]
+        table.add_row(f"{line['dataset']}/{line['split']}", line["metric"], *cells)
+    console = console_of(False)
+    console.print(table)
+    same = all(data == found["data"][0] for data in found["data"])
+    console.print("training data: the same" if same else "training data differ:")
+    for name, fingerprints in zip(groups, found["data"], strict=True):
+        if not same:
+            console.print(Text(f"  {name}: {', '.join(f[:12] for f in fingerprints)}"))
+    console.print("config: no differences" if not found["config"] else "config differs:")
+    for line in found["config"]:
+        console.print(Text(f"  {line['field']}: " + "  |  ".join(map(str, line["values"]))), soft_wrap=True)
+
+
+def print_lineage(console: Console, node: dict[str, Any], role: str = "", depth: int = 0) -> None:
+    """The tree of `lineage`, one line for each step and fact."""
+    pad = "  " * depth
+    name = f"{role + ': ' if role else ''}{node['step']}"
+    if node.get("missing"):
+        console.print(Text(f"{pad}{name}  (its record is gone)"))
+        return
+    console.print(
+        Text(f"{pad}{name}  {node['finished_at'][:19]}  code {node['code_version']}"), soft_wrap=True
+    )
+    for key in ("checkpoint", "dataset"):
+        if facts := node.get(key):
+            uri = facts.get("uri") or facts["manifest"]
+            console.print(Text(f"{pad}    {uri}  sha256 {facts['sha256'][:16]}"), soft_wrap=True)
+            if facts.get("teacher_sha256"):
+                console.print(Text(f"{pad}    teacher sha256 {facts['teacher_sha256'][:16]}"))
+            if facts.get("fingerprint"):
+                console.print(Text(f"{pad}    content {facts['fingerprint'][:16]}, splits {facts['splits']}"))
+    for name, needed in node["inputs"].items():
+        print_lineage(console, needed, name, depth + 1)
+
+
+def _table(uri: str, from_view: bool) -> pa.Table:
+    if from_view:
+        from pipeline.registry import delta
+
+        return delta.read(uri, "results")
+    return Registry(uri).results().to_arrow()
+
+
+def _columns(text: str, table: pa.Table) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in table.column_names:
+            raise ConfigError(f"results have no field '{name}'", remedy=nearest(name, table.column_names))
+    return names
+
+
+def _rich_table(table: pa.Table) -> Table:
+    shown = Table()
+    for name in table.column_names:
+        number = pa.types.is_floating(table.schema.field(name).type) or name == "seed"
+        shown.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in table.to_pylist():
+        shown.add_row(*(Text(_text(name, value)) for name, value in row.items()))
+    return shown
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if name in ("id", "checkpoint_sha256"):
+        return value[:10]
+    return value[:19] if name == "created_at" else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _cell(fact: dict[str, Any]) -> str:
+    if fact["mean"] is None:
+        return "–"
+    text = f"{fact['mean']:.4g}" + (
+        f" ± {fact['std']:.2g} ({fact['rows']})" if fact["std"] is not None else ""
+    )
+    if fact.get("delta") is not None:
+        sure = {True: "", False: " within the spread", None: ""}[fact["clear"]]
+        text += f"  [{fact['delta']:+.4g}{sure}]"
+    return text

@@ -1,0 +1,225 @@
+"""`itpn checkpoints …`: which weights there are, where they come from, and which of them are in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from cluster import storage
+from cluster.errors import ConfigError
+from pipeline import view
+from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
+from pipeline.commands.results import print_lineage
+from pipeline.registry import CheckpointRow, Registry
+from pipeline.registry.aliases import Alias, Aliases
+from pipeline.registry.lineage import find, lineage, read_record, verify
+
+app = typer.Typer(help="Checkpoints and the aliases that point at them.", no_args_is_help=True)
+CheckpointArg = Annotated[str, typer.Argument(help="An alias, a step, or the start of a sha256.")]
+AliasArg = Annotated[str, typer.Argument(help="Name of the alias, e.g. production.")]
+
+
+@app.command("list")
+@guarded
+def checkpoints_list(
+    root: RootOpt = "",
+    task: Annotated[str | None, typer.Option(help="Only pretrain or classify.")] = None,
+    run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """All finished checkpoints, oldest first, with their aliases.
+
+    [bold]Example[/]: itpn checkpoints list --root runs/demo --task classify
+    """
+    registry = Registry(root_of(root))
+    names = _names(registry)
+    rows = [r for r in registry.checkpoints() if run_name in (None, r.run)]
+    rows = [r for r in rows if task in (None, r.checkpoint.task)]
+    if as_json:
+        found = [r.model_dump(mode="json") | {"aliases": names.get(_key(r), [])} for r in rows]
+        view.print_json({"ok": True, "root": registry.root, "checkpoints": found})
+        return
+    if not rows:
+        err.print(f"no checkpoints under {registry.root}")
+        return
+    table = Table()
+    for heading in ("created", "step", "task", "init", "seed", "MB", "sha256", "aliases"):
+        table.add_column(heading, justify="right" if heading in ("seed", "MB") else "left", overflow="fold")
+    for r in rows:
+        c = r.checkpoint
+        aliases = ", ".join(names.get(_key(r), []))
+        facts = (
+            r.created_at[:19],
+            r.step,
+            c.task,
+            c.init,
+            str(c.seed),
+            f"{c.bytes / 1e6:.1f}",
+            c.sha256[:12],
+        )
+        table.add_row(*(Text(text) for text in (*facts, aliases)))
+    console_of(False).print(table)
+
+
+@app.command("show")
+@guarded
+def checkpoints_show(checkpoint: CheckpointArg, root: RootOpt = "", as_json: JsonOpt = False) -> None:
+    """One checkpoint: size, metrics, results, aliases, and its lineage back to the data.
+
+    [bold]Example[/]: itpn checkpoints show production --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    row = find(registry, checkpoint)
+    origin = lineage(registry.root, row.step)
+    results = [r for r in registry.results() if r.checkpoint_sha256 == row.checkpoint.sha256]
+    aliases = _names(registry).get(_key(row), [])
+    if as_json:
+        payload: dict[str, Any] = {"checkpoint": row.model_dump(mode="json"), "aliases": aliases}
+        payload |= {"lineage": origin, "results": [r.model_dump(mode="json") for r in results]}
+        view.print_json({"ok": True, "root": registry.root, **payload})
+        return
+    console = console_of(False)
+    facts: dict[str, Any] = {"weights": row.checkpoint.uri, "sha256": row.checkpoint.sha256}
+    facts |= {"MB": f"{row.checkpoint.bytes / 1e6:.1f}", "aliases": ", ".join(aliases) or "–", **row.metrics}
+    facts |= {f"{r.dataset}/{r.split}/{r.metric}": f"{r.value:.5g}" for r in results}
+    for key, value in facts.items():
+        console.print(Text(f"{key:<28}{value}"), soft_wrap=True)
+    console.print()
+    print_lineage(console, origin)
+
+
+@app.command("verify")
+@guarded
+def checkpoints_verify(
+    checkpoint: Annotated[
+        str | None, typer.Argument(help="An alias, a step, or a sha256; without it all.")
+    ] = None,
+    root: RootOpt = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Read every file of a checkpoint, or of all, and compare size and sha256 with the record. Exit 5 on damage.
+
+    [bold]Example[/]: itpn checkpoints verify production --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    rows = [find(registry, checkpoint)] if checkpoint else list(registry.checkpoints())
+    findings = verify(registry, rows)
+    bad = [f for f in findings if not f["ok"]]
+    for finding in bad:
+        err.print(Text(f"damaged: {finding['step']}/{finding['path']}: {finding['found']}"), soft_wrap=True)
+    console_of(as_json).print(f"{len(findings)} files of {len(rows)} checkpoints read, {len(bad)} damaged")
+    if as_json:
+        view.print_json({"ok": not bad, "exit_code": 5 if bad else 0, "files": findings})
+    raise typer.Exit(5 if bad else 0)
+
+
+@app.command("promote")
+@guarded
+def checkpoints_promote(
+    checkpoint: CheckpointArg,
+    alias: AliasArg,
+    root: RootOpt = "",
+    rule: Annotated[
+        str | None,
+        typer.Option(help="Refuse unless it holds: 'imagenet-1k/val/top1 >= production - 0.1'."),
+    ] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Point an alias at a checkpoint; moves of others at the same time are not lost.
+
+    [bold]Example[/]: itpn checkpoints promote finetune/demo-pretrained-s0/v1 production --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    _tell(Aliases(registry).promote(find(registry, checkpoint), alias, rule), as_json)
+
+
+@app.command("rollback")
+@guarded
+def checkpoints_rollback(alias: AliasArg, root: RootOpt = "", as_json: JsonOpt = False) -> None:
+    """Point an alias at what it pointed at before.
+
+    [bold]Example[/]: itpn checkpoints rollback production --root runs/demo
+    """
+    _tell(Aliases(Registry(root_of(root))).rollback(alias), as_json)
+
+
+@app.command("history")
+@guarded
+def checkpoints_history(alias: AliasArg, root: RootOpt = "", as_json: JsonOpt = False) -> None:
+    """Every move of an alias: what, when, by whom, under which rule.
+
+    [bold]Example[/]: itpn checkpoints history production --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    found = Aliases(registry).get(alias)
+    if found is None:
+        raise ConfigError(
+            f"there is no alias '{alias}'", remedy=f"itpn checkpoints promote CHECKPOINT {alias}"
+        )
+    if as_json:
+        view.print_json({"ok": True, **found.model_dump(mode="json")})
+        return
+    for move in found.moves:
+        note = (
+            "  (roll-back)"
+            if move.rolled_back_from
+            else f"  {move.rule}: {move.verdict}"
+            if move.rule
+            else ""
+        )
+        line = f"{move.at[:19]}  {move.step}  {move.checkpoint_sha256[:12]}  {move.by}@{move.host}{note}"
+        console_of(False).print(Text(line), soft_wrap=True)
+
+
+@app.command("export")
+@guarded
+def checkpoints_export(
+    checkpoint: CheckpointArg,
+    out: Annotated[Path, typer.Option(help="Local folder; it must be new or empty.")],
+    root: RootOpt = "",
+    as_json: JsonOpt = False,
+) -> None:
+    """Copy a checkpoint's files into a folder, verified, with its lineage in lineage.json.
+
+    [bold]Example[/]: itpn checkpoints export production --out ./production --root runs/demo
+    """
+    registry = Registry(root_of(root))
+    row = find(registry, checkpoint)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty", remedy="name a new folder")
+    names = []
+    for info in read_record(registry.root, row.step).files:
+        name = "/".join(info.path.split("/")[2:])  # without attempts/<id>/
+        uri = storage.join(registry.root, row.step, info.path)
+        storage.download_file(uri, out / name, sha256=info.sha256, bytes=info.bytes)
+        names.append(name)
+    data = storage.canonical_json(lineage(registry.root, row.step))
+    (out / "lineage.json").write_bytes(data)
+    console_of(as_json).print(f"{len(names)} files of {row.step} in {out}")
+    if as_json:
+        view.print_json({"ok": True, "step": row.step, "files": [*names, "lineage.json"]})
+
+
+def _tell(alias: Alias, as_json: bool) -> None:
+    now = alias.current
+    verdict = f" ({now.verdict})" if now.verdict else ""
+    console_of(as_json).print(
+        Text(f"{alias.name} -> {now.step}  {now.checkpoint_sha256[:12]}{verdict}"), soft_wrap=True
+    )
+    if as_json:
+        view.print_json({"ok": True, "alias": alias.name, "current": now.model_dump(mode="json")})
+
+
+def _key(row: CheckpointRow) -> tuple[str, str]:
+    return row.step, row.checkpoint.sha256
+
+
+def _names(registry: Registry) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for alias in Aliases(registry).all().values():
+        found.setdefault((alias.current.step, alias.current.checkpoint_sha256), []).append(alias.name)
+    return found

@@ -1,0 +1,114 @@
+"""A view of the events as Delta tables, for DuckDB, Polars, Spark and Trino (readers only).
+
+    {root}/registry/delta/results, …/checkpoints, …/runs
+
+`sync` appends the events that a table lacks; `rebuild` writes it anew from all events, to the same content.
+The schema is created once, with the first (empty) version. One sync at a time, by a lease. deltalake is an
+optional dependency: `pip install itpn-pipeline[delta]`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import Any
+
+import pyarrow as pa
+
+from cluster import storage
+from cluster.errors import PreflightError, StorageUnavailable
+from cluster.lease import Lease
+from pipeline.registry.rows import SCHEMAS, Rows
+from pipeline.registry.store import Registry
+
+TRIES = 6
+
+
+def sync(root: str, *, rebuild: bool = False) -> dict[str, int]:
+    """Bring the view up to date; returns how many rows each table got. Events are never changed.
+
+    Raises PreflightError without deltalake, LeaseHeld while another sync runs for longer than a minute.
+    """
+    deltalake = _deltalake()
+    registry = Registry(root)
+    registry.check_store()
+    added = {}
+    with Lease.acquire(storage.join(registry.uri, "delta-lease"), wait_s=60.0) as lease:
+        for folder, schema in SCHEMAS.items():
+            uri = table_uri(root, folder)
+            options = _options(uri)
+            table = deltalake.DeltaTable.create(
+                uri, schema=schema, mode="ignore", name=folder, storage_options=options
+            )
+            events = registry.ids(folder)
+            known = set() if rebuild else set(_arrow(table, ["id"])["id"].to_pylist())
+            fresh = [event_uri for id_, event_uri in events.items() if id_ not in known]
+            rows = Rows(registry.read(folder, fresh), folder).to_arrow()
+            rows = rows.sort_by([("created_at", "ascending"), ("step", "ascending"), ("id", "ascending")])
+            if rows.num_rows or rebuild:
+                lease.check()
+                _write(deltalake, uri, rows, "overwrite" if rebuild else "append", options)
+            added[folder] = rows.num_rows
+    return added
+
+
+def read(root: str, folder: str) -> pa.Table:
+    """A table of the view as of its last sync. Raises PreflightError when there is none yet."""
+    deltalake = _deltalake()
+    uri = table_uri(root, folder)
+    if not deltalake.DeltaTable.is_deltatable(uri, storage_options=_options(uri)):
+        raise PreflightError(f"there is no view under {root}", remedy=f"itpn registry sync --root {root}")
+    return _arrow(deltalake.DeltaTable(uri, storage_options=_options(uri)))
+
+
+def table_uri(root: str, folder: str) -> str:
+    """Where a table of the view lies."""
+    return storage.join(root, "registry", "delta", folder)
+
+
+def _arrow(table: Any, columns: list[str] | None = None) -> pa.Table:
+    found = table.to_pyarrow_table(columns=columns)
+    schema = SCHEMAS[table.metadata().name]
+    return found.cast(schema if columns is None else pa.schema([schema.field(c) for c in columns]))
+
+
+def _write(deltalake: Any, uri: str, rows: pa.Table, mode: str, options: dict[str, str]) -> None:
+    """One commit; a store that is busy, or another writer's commit, is met with another try."""
+    for attempt in range(TRIES):
+        try:
+            deltalake.write_deltalake(uri, rows, mode=mode, storage_options=options)
+            return
+        except (deltalake.exceptions.CommitFailedError, OSError) as error:
+            if attempt == TRIES - 1:
+                raise StorageUnavailable(
+                    f"cannot write the view {uri}",
+                    found=str(error).splitlines()[0],
+                    remedy="sync again later",
+                ) from error
+            time.sleep(random.uniform(0.1, 0.2) * 2**attempt)
+
+
+def _options(uri: str) -> dict[str, str]:
+    """What delta's own S3 client needs beside the standard AWS_* variables; never `allow_unsafe_rename`."""
+    if not uri.startswith("s3://"):
+        return {}
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options = {"aws_conditional_put": "etag"}
+    if endpoint:
+        options["aws_endpoint"] = endpoint
+        options["aws_allow_http"] = str(endpoint.startswith("http://")).lower()
+    return options
+
+
+def _deltalake() -> Any:
+    try:
+        import deltalake
+        import deltalake.exceptions
+    except ImportError:
+        raise PreflightError(
+            "the Delta view needs deltalake",
+            found="it is not installed",
+            remedy="pip install 'itpn-pipeline[delta]'",
+        ) from None
+    return deltalake

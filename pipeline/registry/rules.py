@@ -1,0 +1,63 @@
+"""Rules of promotion: `DATASET/SPLIT/METRIC OP NUMBER`, or `… OP ALIAS [± NUMBER]`.
+
+imagenet-1k/val/top1 >= production - 0.1
+demo/val/loss < 2.0
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping, Sequence
+
+from cluster.errors import ConfigError
+from pipeline.registry.events import ResultRow
+
+_RULE = re.compile(r"^\s*(\S+)/([^/\s]+)/([^/\s]+)\s*(>=|<=|>|<)\s*(\S+)(?:\s*([+-])\s*([\d.eE]+))?\s*$")
+_COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+
+
+def check_rule(
+    rule: str, sha256: str, results: Sequence[ResultRow], aliases: Mapping[str, str]
+) -> tuple[bool, str]:
+    """Whether the checkpoint with these weights fulfils the rule, and the figures it was judged by.
+
+    Args:
+        sha256: of the candidate's weights; its newest result of the metric counts.
+        aliases: alias -> sha256 of what it points at. An alias that does not exist yet lets every
+            candidate that has the result pass.
+
+    Raises ConfigError for a rule that cannot be read.
+    """
+    match = _RULE.match(rule)
+    if not match:
+        raise ConfigError(
+            f"'{rule}' is no rule",
+            expected="DATASET/SPLIT/METRIC OP NUMBER or ALIAS [+- NUMBER], as in "
+            "'imagenet-1k/val/top1 >= production - 0.1'",
+        )
+    dataset, split, metric, compare, right, sign, shift = match.groups()
+
+    def newest(digest: str) -> float | None:
+        rows = [r for r in results if r.checkpoint_sha256 == digest]
+        rows = [r for r in rows if (r.dataset, r.split, r.metric) == (dataset, split, metric)]
+        return rows[-1].value if rows else None
+
+    value = newest(sha256)
+    if value is None:
+        return False, f"it has no result {dataset}/{split}/{metric}"
+    try:
+        limit = float(right)
+    except ValueError:
+        if right not in aliases:
+            return True, f"{metric} {value:g}; there is no '{right}' yet"
+        current = newest(aliases[right])
+        if current is None:
+            return False, f"'{right}' has no result {dataset}/{split}/{metric}"
+        limit = current
+    if shift:
+        try:
+            limit += float(shift) if sign == "+" else -float(shift)
+        except ValueError:
+            raise ConfigError(f"'{shift}' is no number", expected="as in 'production - 0.1'") from None
+    return _COMPARE[compare](value, limit), f"{metric} {value:g} against {limit:g}"

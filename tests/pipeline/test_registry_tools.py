@@ -1,0 +1,229 @@
+"""Results, checkpoints and aliases as platform teams use them, on the records of a toy chain."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster import storage
+from cluster.errors import ConfigError, NotFound, PreflightError
+from pipeline.cli import app
+from pipeline.registry import Registry, ResultRow, store
+from pipeline.registry.aliases import Aliases, RuleRefused
+from pipeline.registry.compare import compare
+from pipeline.registry.lineage import find, lineage, verify
+from pipeline.registry.rows import select
+from pipeline.runner import Runner
+from tests.pipeline import toys
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    uri = str(tmp_path / "root")
+    Runner(uri, "toy", toys.chain(), open_session=toys.ThreadSession).run()
+    return uri
+
+
+def itpn(*arguments: str) -> dict:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"code": done.exit_code}
+
+
+def row(number: int) -> ResultRow:
+    return ResultRow(
+        run="many", step=f"evaluate/n{number}/v1", dataset="d", split="val", metric="top1", value=number / 2,
+        samples=1, init="scratch", seed=number, evaluator={}, checkpoint="c", checkpoint_sha256="0" * 64, pretrain=None,
+        training_fingerprint=None, data_fingerprint="f", code_version="v", created_at=f"2026-01-01T00:00:{number:06d}",
+    )  # fmt: skip
+
+
+def test_results_become_a_data_frame_with_a_row_for_each(root: str) -> None:
+    frame = Registry(root).results().to_pandas()
+    assert len(frame) == 4 and set(frame["metric"]) == {"top1", "loss"}
+    assert frame["id"].is_unique
+
+
+def test_list_filters_sorts_and_limits(root: str, tmp_path: Path) -> None:
+    found = itpn("results", "list", "--root", root, "--where", "value>=1", "--sort", "-value", "--limit", "1")
+    assert [r["value"] for r in found["results"]] == [3.0]
+    assert isinstance(found["results"][0]["evaluator"], dict)
+    arguments = [
+        "results",
+        "list",
+        "--root",
+        root,
+        "--metric",
+        "top1",
+        "--columns",
+        "step,value",
+        "--sort",
+        "step",
+        "--csv",
+    ]
+    csv = CliRunner().invoke(app, arguments)
+    assert csv.stdout.splitlines() == ['"step","value"', '"evaluate/a/v1",3', '"evaluate/b/v1",1'], csv.stdout
+    file = tmp_path / "rows.parquet"
+    itpn("results", "list", "--root", root, "--parquet", str(file))
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(file).num_rows == 4
+
+
+@pytest.mark.parametrize("condition", ["valeu>1", "value", "value>x"])
+def test_bad_condition_is_told(root: str, condition: str) -> None:
+    with pytest.raises(ConfigError):
+        select(Registry(root).results().to_arrow(), [condition])
+
+
+def test_compare_gives_deltas_and_the_fields_that_differ(root: str) -> None:
+    found = compare(Registry(root), ["init=scratch", "init=pretrained"])
+    top1 = next(m for m in found["metrics"] if m["metric"] == "top1")
+    assert top1["groups"][1]["delta"] == 2.0 and top1["groups"][1]["better"] is True
+    assert {d["field"]: d["values"] for d in found["config"]}["train.value"] == [1.0, 3.0]
+    loss = next(m for m in found["metrics"] if m["metric"] == "loss")
+    assert loss["groups"][1]["better"] is True, "lower is better"
+
+
+def test_checkpoint_is_found_by_step_sha256_and_alias_with_its_lineage(root: str) -> None:
+    registry = Registry(root)
+    by_step = find(registry, "finetune/a/v1")
+    assert find(registry, by_step.checkpoint.sha256[:8]) == by_step
+    Aliases(registry).promote(by_step, "production")
+    assert find(registry, "production") == by_step
+    node = lineage(root, "evaluate/a/v1")
+    assert node["inputs"]["checkpoint"]["step"] == "finetune/a/v1"
+    assert itpn("checkpoints", "show", "production", "--root", root)["aliases"] == ["production"]
+    with pytest.raises(ConfigError, match="no checkpoint is called"):
+        find(registry, "finetune/c/v1")
+
+
+def test_verify_names_the_damaged_and_the_missing_file(root: str) -> None:
+    registry = Registry(root)
+    assert all(f["ok"] for f in verify(registry, registry.checkpoints()))
+    storage.overwrite(find(registry, "finetune/a/v1").checkpoint.uri, b"9.0")
+    storage.delete(find(registry, "finetune/b/v1").checkpoint.uri)
+    found = itpn("checkpoints", "verify", "--root", root)
+    assert found["code"] == 5
+    assert ["sha256" in f["found"] or "not there" in f["found"] for f in found["files"]] == [True, True]
+
+
+def test_rule_refuses_what_is_worse_than_production(root: str) -> None:
+    registry, rule = Registry(root), "toy/val/top1 >= production - 0.5"
+    aliases = Aliases(registry)
+    aliases.promote(find(registry, "finetune/a/v1"), "production", rule)
+    with pytest.raises(RuleRefused, match=r"top1 1 against 2\.5"):
+        aliases.promote(find(registry, "finetune/b/v1"), "production", rule)
+    assert (
+        itpn("checkpoints", "promote", "finetune/b/v1", "production", "--root", root, "--rule", "x")["code"]
+        == 2
+    )
+    assert len(aliases.get("production").moves) == 1  # type: ignore[union-attr]
+
+
+def test_rollback_goes_back_step_by_step_and_keeps_history(root: str) -> None:
+    registry = Registry(root)
+    aliases, a, b = Aliases(registry), find(registry, "finetune/a/v1"), find(registry, "finetune/b/v1")
+    for row_ in (a, b, a):
+        aliases.promote(row_, "production")
+    assert aliases.rollback("production").current.step == b.step
+    assert aliases.rollback("production").current.step == a.step
+    with pytest.raises(ConfigError, match="nothing to go back to"):
+        aliases.rollback("production")
+    assert len(aliases.get("production").moves) == 5  # type: ignore[union-attr]
+
+
+def test_alias_never_points_at_missing_weights(root: str) -> None:
+    registry = Registry(root)
+    gone = find(registry, "finetune/a/v1")
+    storage.delete(gone.checkpoint.uri)
+    with pytest.raises(NotFound):
+        Aliases(registry).promote(gone, "production")
+
+
+def test_export_is_verified_and_carries_lineage(root: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = itpn("checkpoints", "export", "finetune/a/v1", "--out", str(out), "--root", root)
+    assert found["files"] == ["weights", "lineage.json"]
+    assert (out / "weights").read_bytes() == b"3.0"
+    assert itpn("checkpoints", "export", "finetune/a/v1", "--out", str(out), "--root", root)["code"] == 2
+
+
+def test_twenty_promotions_at_once_make_one_history(real_root: str) -> None:
+    Runner(real_root, "toy", toys.chain(), open_session=toys.ThreadSession).run()
+    registry = Registry(real_root)
+    rows = [find(registry, name) for name in ("finetune/a/v1", "finetune/b/v1")]
+    with ThreadPoolExecutor(20) as pool:
+        jobs = [pool.submit(Aliases(registry).promote, rows[i % 2], "production") for i in range(20)]
+        acknowledged = [job.result() for job in jobs]
+    history = Aliases(registry).get("production")
+    assert history is not None and len(history.moves) == 20
+    assert len({move.id for move in history.moves}) == 20 and len(acknowledged) == 20
+
+
+def test_first_write_refuses_a_store_that_ignores_preconditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ignored(root: str) -> None:
+        raise PreflightError("ignores conditional writes")
+
+    monkeypatch.setattr(store.storage, "probe_preconditions", ignored)
+    with pytest.raises(PreflightError):
+        Registry(str(tmp_path / "bad")).append([("results", row(1))])
+
+
+def test_view_has_each_event_once_and_is_rebuilt_to_the_same(root: str) -> None:
+    from pipeline.registry import delta
+
+    with pytest.raises(PreflightError, match="no view"):
+        delta.read(root, "results")
+    assert delta.sync(root)["results"] == 4
+    assert delta.sync(root)["results"] == 0
+    Registry(root).append([("results", row(n)) for n in range(3)])
+    assert delta.sync(root)["results"] == 3
+    before = select(delta.read(root, "results"))
+    delta.sync(root, rebuild=True)
+    assert select(delta.read(root, "results")) == before == select(Registry(root).results().to_arrow())
+    assert len(itpn("results", "list", "--root", root, "--view")["results"]) == 7
+
+
+def test_view_opens_with_duckdb(root: str) -> None:
+    from pipeline.registry import delta
+
+    delta.sync(root)
+    # The two lines that docs/registry.md gives.
+    import duckdb
+    from deltalake import DeltaTable
+
+    results = DeltaTable(f"{root}/registry/delta/results").to_pyarrow_dataset()
+    found = duckdb.sql(
+        "SELECT init, max(value) FROM results WHERE metric = 'top1' GROUP BY init ORDER BY init"
+    )
+    assert found.fetchall() == [("pretrained", 3.0), ("scratch", 1.0)]
+    assert results.count_rows() == 4
+
+
+@pytest.mark.slow
+def test_view_on_s3(seaweedfs_root: str) -> None:
+    from pipeline.registry import delta
+
+    Registry(seaweedfs_root).append([("results", row(n)) for n in range(5)])
+    assert delta.sync(seaweedfs_root)["results"] == 5
+    assert delta.read(seaweedfs_root, "results").num_rows == 5
+
+
+def _append_many(root: str, writer: int) -> int:
+    return sum(Registry(root).append([("results", row(writer * 25 + n))]) for n in range(25))
+
+
+@pytest.mark.slow
+def test_rows_of_eight_processes_are_all_read_once(real_root: str) -> None:
+    with multiprocessing.get_context("spawn").Pool(8) as pool:
+        acknowledged = sum(pool.starmap(_append_many, [(real_root, writer) for writer in range(8)]))
+    rows = Registry(real_root).results()
+    assert acknowledged == len(rows) == 200
+    assert sorted(r.seed for r in rows) == list(range(200))
