@@ -1,4 +1,4 @@
-"""Config of fine-tuning for classification. Defaults are Fast-iTPN B's at 224 (published)."""
+"""Config of fine-tuning for classification. Defaults are Fast-iTPN B's at 224 (published), less RandAugment."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class FinetuneConfig(LoopConfig):
     mix: MixConfig = MixConfig()
     flip: float = Field(default=0.5, ge=0, le=1)
     colour_jitter: float = Field(default=0.4, ge=0)
+    rand_augment: float = Field(
+        default=0.0, ge=0, le=10
+    )  # magnitude; published: 9, in the place of colour jitter
     random_erasing: float = Field(default=0.25, ge=0, le=1)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)

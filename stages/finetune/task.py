@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.data import augment
+from stages.data.rand_augment import DRAWS_PER_OPERATION, rand_augment
 from stages.data.rng import Purpose
 from stages.finetune.config import FinetuneConfig
 from stages.train.engine import DTYPES
@@ -43,6 +44,9 @@ class ClassifyTask:
             j = config.colour_jitter
             draws = augment.draws(6, Purpose.COLOUR, *key)
             x = augment.colour_jitter(x, draws, brightness=j, contrast=j, saturation=j)
+        if config.rand_augment:
+            draws = augment.draws(2 * DRAWS_PER_OPERATION, Purpose.RAND_AUGMENT, *key)
+            x = rand_augment(x, draws, magnitude=config.rand_augment, fill=config.mean)
         x = augment.normalise(x, config.mean, config.std)
         if config.random_erasing:
             draws = augment.draws(24, Purpose.ERASE, *key)

@@ -206,8 +206,9 @@ class Trainer:
                         f"training stopped on request after step {self.step} of {self.schedule.total_steps}",
                         remedy="run it again: it goes on from there",
                     )
-        except TrainingDiverged:
-            if self.writer:  # the events must outlive the run
+        except TrainingDiverged:  # on all ranks at once; the events must outlive the run
+            self.checkpoints.drain()
+            if self.writer:
                 name = f"{self.step:09d}-{self.attempt}-diverged.jsonl"
                 storage.upload_file(self.writer.cut(), storage.join(self.out, "metrics", name))
             raise

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from cluster.distributed import free_port
 from tests.stages.train.ranks import REPOSITORY, TOY
 from tests.stages.train.test_resume import consumed, hashes
 
@@ -51,8 +50,8 @@ def launch(root: Path, name: str, kills: list[dict[str, Any]], **changes: Any) -
     path = root / f"{name}.json"
     path.write_bytes(storage.canonical_json(spec))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "10",
-        "--monitor-interval", "0.2", "--master-port", str(free_port()), str(TOY), str(path),
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "20",
+        "--monitor-interval", "0.2", "--standalone", str(TOY), str(path),
     ]  # fmt: skip
     environment = os.environ | {
         "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",

@@ -80,7 +80,7 @@ def test_finetuning_starts_from_the_pretrained_weights_and_can_be_evaluated(
 ):
     init = pretrained[1].artifact
     context = StageContext(out=str(tmp_path / "finetune"), attempt="a")
-    outcome = finetune(finetune_config(), {"data": tiny_dataset, "init": init}, context)
+    outcome = finetune(finetune_config(rand_augment=9), {"data": tiny_dataset, "init": init}, context)
     artifact = outcome.artifact
     assert (artifact.init, artifact.pretrain, artifact.task) == ("pretrained", init.uri, "classify")
     averaged = load(artifact.uri).state_dict()
