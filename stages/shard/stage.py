@@ -66,7 +66,7 @@ def _write_all(
         bad.add(parts[name])
     missing = [shard for shard in planned if shard.name not in parts]
     kinds = {unit["container"]: unit["kind"] for unit in source.units}
-    size = max(1, min(_TASK_SHARDS, len(missing) // (4 * context.resources.workers)))
+    size = max(1, min(_TASK_SHARDS, len(missing) // (2 * context.resources.workers)))
 
     def tasks() -> Iterator[list[ShardJob]]:
         for begin in range(0, len(missing), size):
