@@ -30,6 +30,7 @@ class Session:
     def __init__(self, address: str | None = None) -> None:
         import ray
 
+        self._local = address is None
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -82,6 +83,19 @@ class Session:
         import ray
 
         return ray.cluster_resources()
+
+    def shortage(self, resources: Resources) -> str | None:
+        """What a local Ray has, when that is less than `resources` ask for in all; None when they fit.
+
+        A cluster that was joined may grow, so nothing is said of it.
+        """
+        if not self._local:
+            return None
+        total = self.capacity()
+        wanted = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        if all(total.get(name, 0.0) >= count for name, count in wanted.items()):
+            return None
+        return ", ".join(f"{total.get(name, 0.0):g} {name}" for name in wanted) + " in the local Ray"
 
     def close(self) -> None:
         """Leave the cluster; ends a local Ray and every process of it."""
@@ -136,8 +150,10 @@ class RayExecutor:
         if resources.workers == 1:
             return fn(spec)
         for attempt in range(self.max_restarts + 1):
+            # A late write of a rank that is still dying must not land among the files of its successor.
+            again = {"attempt": f"{spec['attempt']}-{attempt}"} if attempt and "attempt" in spec else {}
             try:
-                return self._group(fn, spec, resources)
+                return self._group(fn, spec | again, resources)
             except StorageUnavailable:
                 if attempt == self.max_restarts:
                     raise

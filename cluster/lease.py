@@ -7,7 +7,9 @@ Under the lease's prefix, each tenure has a number, the fencing token:
 
 A contender takes the next number when the highest one was released, when its holder is a dead process of
 this very machine, or when its beat has not changed for ttl seconds on the contender's own clock. A holder
-that could not renew for ttl seconds, or that finds a higher number, has lost the lease and `check` says so.
+that finds a higher number has lost the lease and `check` says so. One that could not renew for ttl seconds
+(an outage, a suspended machine) does not know: `check` raises StorageUnavailable until a beat went through
+and its number was found to be the highest still; nobody wanted the lease, so it goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Self
 import psutil
 
 from cluster import storage
-from cluster.errors import AlreadyExists, ItpnError, LeaseHeld, NotFound
+from cluster.errors import AlreadyExists, ItpnError, LeaseHeld, NotFound, StorageUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +143,12 @@ class Lease:
             time.sleep(pause_s if limit_s is None else min(pause_s, max(limit_s - waited_s, 0.001)))
 
     def check(self) -> None:
-        """Raise LeaseHeld if this process no longer holds the lease. Call it before anything that others see."""
+        """Call it before anything that others see.
+
+        Raises:
+            LeaseHeld: this process no longer holds the lease.
+            StorageUnavailable: the store could not be asked, or the lease was not renewed for its ttl.
+        """
         self._raise_if_lost()
         tokens = _tokens(self._prefix, deadline_s=self._ttl_s)
         if self.token not in tokens:
@@ -149,6 +156,12 @@ class Lease:
         elif max(tokens) > self.token:
             self._lose(f"tenure {max(tokens)} has begun")
         self._raise_if_lost()
+        silent_s = _clock() - self._renewed
+        if silent_s > self._ttl_s:
+            raise StorageUnavailable(
+                f"the lease {self._prefix} could not be renewed for {silent_s:.0f} s",
+                remedy="the object store did not answer; run again when it does",
+            )
 
     def release(self) -> None:
         """Let go: the next contender need not wait. Never raises; a second call does nothing."""
@@ -171,9 +184,6 @@ class Lease:
         self.release()
 
     def _raise_if_lost(self) -> None:
-        silent_s = _clock() - self._renewed
-        if silent_s > self._ttl_s:
-            self._lose(f"it could not be renewed for {silent_s:.1f} s")
         if self._lost:
             raise LeaseHeld(
                 f"the lease {self._prefix} was lost: {self._lost}",
@@ -189,13 +199,16 @@ class Lease:
         while not self._stop.is_set() and not self._lost:
             count += 1
             now, pause_s = _clock(), period_s
-            if now - self._renewed > self._ttl_s:
-                self._lose("it could not be renewed in time")
-                return
             try:
                 storage.overwrite(
                     _uri(self._prefix, self.token, "beat"), str(count).encode(), deadline_s=period_s
                 )
+                if now - self._renewed > self._ttl_s:
+                    # Silent for so long that another may have taken over before this beat.
+                    tokens = _tokens(self._prefix, deadline_s=period_s)
+                    if max(tokens, default=0) != self.token:
+                        self._lose("another tenure began while it could not be renewed")
+                        return
                 self._renewed = now
             except ItpnError as error:
                 log.warning("the lease %s was not renewed: %s", self._prefix, error)

@@ -1,8 +1,9 @@
 """The record written last beside every finished output: no record, no output.
 
-`plan.json` is written before a step first runs, so that resumable state of an unfinished step is never
+`plan.json` is written before a step first runs, so that training checkpoints of an unfinished step are never
 continued under another config; `record.json`, created exclusively, commits it. Both hold the fingerprint;
-one that differs from the step's is drift: an error, never a silent redo.
+one that differs from the step's is drift: an error, never a silent redo. A step that left no checkpoint (it
+failed on its config, or on its data) may be begun anew under another config.
 """
 
 from __future__ import annotations
@@ -77,21 +78,30 @@ def load(root: str, step: Step) -> Record | None:
 
 
 def begin(root: str, step: Step) -> None:
-    """Write the plan of a step that is about to run; raises DriftError when it was begun under another config."""
-    uri = storage.join(step.output(root), "plan.json")
+    """Write the plan of a step that is about to run; call it with the step's lease held.
+
+    Raises DriftError when the step was begun under another config and left checkpoints.
+    """
+    uri = _plan_uri(root, step)
     plan = {"fingerprint": step.fingerprint, "identity": step.identity}
     try:
         storage.write_json_exclusive(uri, plan)
     except AlreadyExists:
         check_plan(root, step)
+        storage.overwrite(uri, storage.canonical_json(plan))
 
 
 def check_plan(root: str, step: Step) -> None:
-    """Raise DriftError when the step was begun, but not finished, under another config."""
-    uri = storage.join(step.output(root), "plan.json")
+    """Raise DriftError when the step was begun under another config and left checkpoints."""
+    uri = _plan_uri(root, step)
     if storage.exists(uri):
         begun = storage.read_json(uri)
-        _refuse_drift(step, begun["fingerprint"], begun["identity"], uri)
+        if storage.list_files(storage.join(step.output(root), "checkpoints"), most=1):
+            _refuse_drift(step, begun["fingerprint"], begun["identity"], uri)
+
+
+def _plan_uri(root: str, step: Step) -> str:
+    return storage.join(step.output(root), "plan.json")
 
 
 def commit(root: str, step: Step, record: Record) -> None:

@@ -7,19 +7,30 @@ Killing the runner between any two of these loses no finished work: only the rec
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
 from cluster import storage
-from cluster.errors import AlreadyExists, DriftError, ItpnError, StepFailed, Stopped, StorageUnavailable
+from cluster.errors import (
+    AlreadyExists,
+    ConfigError,
+    DriftError,
+    ItpnError,
+    StepFailed,
+    Stopped,
+    StorageUnavailable,
+)
 from cluster.jobs import RayExecutor, Session
 from cluster.lease import Lease
 from pipeline import record as records
@@ -29,6 +40,12 @@ from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
 from stages.artifacts import Artifact, Outcome
 from stages.context import StageContext
+
+log = logging.getLogger(__name__)
+
+# How long an outage may last before another host's runner may take a step over. On one host a dead runner is
+# recognised at once.
+LEASE_S = 120.0
 
 
 class State(StrEnum):
@@ -85,7 +102,6 @@ class Runner:
         self._open_session, self._max_parallel, self._wait = open_session, max_parallel, wait_for_lease
         self._on_change = on_change
         self._session: Session | None = None
-        self._session_lock = threading.Lock()
         self._stopping = threading.Event()
 
     def plan(self) -> list[StepStatus]:
@@ -108,17 +124,33 @@ class Runner:
                 raise status.error
         # Events of steps that were finished by a run which died before it published them.
         Registry(self.root).publish([s.record for s in self.status.values() if s.record])
-        try:
-            with ThreadPoolExecutor(self._max_parallel, thread_name_prefix="step") as pool:
-                try:
-                    self._loop(pool)
-                except BaseException:
-                    self._stopping.set()
-                    raise
-        finally:
-            if self._session:
+        if any(status.state is State.TODO for status in self.status.values()):
+            # Opened and closed by this thread: the kernel ends a local Ray with the thread that started it.
+            self._session = self._open_session()
+            try:
+                self._refuse_what_never_fits()
+                with ThreadPoolExecutor(self._max_parallel, thread_name_prefix="step") as pool:
+                    try:
+                        self._loop(pool)
+                    except BaseException:
+                        self._stopping.set()
+                        raise
+            finally:
                 self._session.close()
         return list(self.status.values())
+
+    def _refuse_what_never_fits(self) -> None:
+        """Raise ConfigError for a step that asks for more than the cluster has; it would wait for ever."""
+        assert self._session is not None
+        for status in self.status.values():
+            shortage = self._session.shortage(status.step.resources)
+            if status.state is State.TODO and shortage:
+                raise ConfigError(
+                    f"'{status.step.id}' asks for more than there is",
+                    expected=f"{status.step.resources}",
+                    found=shortage,
+                    remedy="ask for fewer workers (see --set and the recipe), or join a larger cluster with --address",
+                )
 
     def _loop(self, pool: ThreadPoolExecutor) -> None:
         running: dict[Future[Record], Step] = {}
@@ -141,9 +173,8 @@ class Runner:
                     self._set(step, State.STOPPED, error=error, note="run again: it goes on from there")
                 except ItpnError as error:
                     self._set(step, State.FAILED, error=error)
-                except (
-                    Exception
-                ) as error:  # a defect of ours: told like any other failure, with its traceback
+                except Exception as error:
+                    # A defect of ours: told like any other failure, with the end of its traceback.
                     text = "".join(traceback.format_exception(error)[-3:])
                     self._set(step, State.FAILED, error=StepFailed(f"'{step.id}' failed", found=text))
 
@@ -154,22 +185,26 @@ class Runner:
             self._set(step, State.WAITING, note=f"another runner holds it ({holder})")
 
         prefix = storage.join(step.output(self.root), "lease")
-        with Lease.acquire(prefix, wait_s=None if self._wait else 0, on_wait=waiting) as lease:
-            if (finished := records.load(self.root, step)) is not None:
-                self.status[step.id].reused = True
-                return finished
-            records.begin(self.root, step)
+        with Lease.acquire(prefix, ttl_s=LEASE_S, wait_s=None if self._wait else 0, on_wait=waiting) as lease:
             for attempt in range(step.retries + 1):
+                if (finished := records.load(self.root, step)) is not None:
+                    self.status[step.id].reused = attempt == 0
+                    self._publish(finished)
+                    return finished
+                if self._stopping.is_set():
+                    raise self._stopped(step)
+                records.begin(self.root, step)
                 self._set(step, State.RUNNING, note=f"attempt {attempt + 1}" if attempt else "")
                 try:
                     return self._attempt(step, lease)
-                except (StepFailed, StorageUnavailable) as error:
-                    if attempt == step.retries or self._stopping.is_set():
+                except (StepFailed, StorageUnavailable, Stopped) as error:
+                    # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
+                    if self._stopping.is_set():
+                        raise self._stopped(step) from None
+                    if attempt == step.retries:
                         self._write_failure(step, error)
                         raise
-                except Stopped:
-                    raise
-                except ItpnError as error:
+                except Exception as error:
                     self._write_failure(step, error)
                     raise
         raise AssertionError("unreachable: an attempt returns or raises")
@@ -183,18 +218,10 @@ class Runner:
             resources=step.resources,
             code_version=code_version(),
         )
+        storage.delete(storage.join(context.out, "failure.json"))
         inputs = {name: self._artifact(needed) for name, needed in step.inputs.items()}
-        started, clock = datetime.now(UTC), time.monotonic()
-        job = self._ray().submit(
-            _execute, step.fn, step.config, inputs, context, resources=step.resources, name=step.id
-        )
-        while not self._ray().wait([job], timeout_s=1.0):
-            if self._stopping.is_set():
-                job.cancel()
-                raise self._stopped(step)
-            lease.check()
-        outcome = Outcome.model_validate(job.result())
-        wall_s = time.monotonic() - clock
+        started = datetime.now(UTC)
+        wall_s, outcome = self._follow(step, lease, inputs, context)
         workers = step.resources.workers
         record = Record(
             step=step.id,
@@ -204,7 +231,7 @@ class Runner:
             inputs={n: InputRef(step=s.id, fingerprint=s.fingerprint) for n, s in step.inputs.items()},
             artifact=outcome.artifact,
             files=outcome.files,
-            metrics=outcome.metrics,
+            metrics={name: value for name, value in outcome.metrics.items() if math.isfinite(value)},
             notes=outcome.notes,
             recipe=self.recipe,
             attempt=attempt,
@@ -227,8 +254,39 @@ class Runner:
             existing = records.load(self.root, step)
             assert existing is not None
             record = existing
-        Registry(self.root).publish([record])
+        self._publish(record)
         return record
+
+    def _follow(
+        self, step: Step, lease: Lease, inputs: dict[str, Artifact], context: StageContext
+    ) -> tuple[float, Outcome]:
+        """Run the stage as a task; returns the seconds it ran (not those it queued) and its outcome.
+
+        Whatever ends the waiting ends the task: no two attempts of a step are ever alive together.
+        """
+        assert self._session is not None
+        job = self._session.submit(
+            _execute, step.fn, step.config, inputs, context, resources=step.resources, name=step.id
+        )
+        try:
+            while not self._session.wait([job], timeout_s=1.0):
+                if self._stopping.is_set():
+                    raise self._stopped(step)
+                with suppress(StorageUnavailable):  # not known to be lost; asked again before the record
+                    lease.check()
+            result = job.result()
+        except BaseException:
+            job.cancel()
+            self._session.wait([job], timeout_s=30.0)
+            raise
+        return result["wall_s"], Outcome.model_validate(result["outcome"])
+
+    def _publish(self, record: Record) -> None:
+        """Write the record's events; an outage here is no failure of the step: the next run publishes them."""
+        try:
+            Registry(self.root).publish([record])
+        except StorageUnavailable as error:
+            log.warning("events of %s are not published yet: %s", record.step, error)
 
     @staticmethod
     def _stopped(step: Step) -> Stopped:
@@ -238,12 +296,6 @@ class Runner:
         record = self.status[step.id].record
         assert record is not None, f"{step.id} is an input that has not run"
         return record.artifact
-
-    def _ray(self) -> Session:
-        with self._session_lock:
-            if self._session is None:
-                self._session = self._open_session()
-            return self._session
 
     def _survey(self, step: Step) -> Record | DriftError | None:
         try:
@@ -263,19 +315,21 @@ class Runner:
             setattr(status, name, value)
         self._on_change(status)
 
-    def _write_failure(self, step: Step, error: ItpnError) -> None:
+    def _write_failure(self, step: Step, error: Exception) -> None:
         uri = storage.join(step.output(self.root), "failure.json")
         at = datetime.now(UTC).isoformat(timespec="seconds")
-        storage.write_telemetry(
-            uri, {"at": at, "error": str(error), "exit_code": error.exit_code, "host": host()}
-        )
+        code = error.exit_code if isinstance(error, ItpnError) else 1
+        storage.write_telemetry(uri, {"at": at, "error": str(error), "exit_code": code, "host": host()})
 
 
 def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageContext) -> dict:
     """The body of a step's Ray task."""
-    return fn(config, inputs, context).model_dump(mode="json")
+    began = time.monotonic()
+    outcome = fn(config, inputs, context)
+    return {"wall_s": time.monotonic() - began, "outcome": outcome.model_dump()}
 
 
 def exit_code(statuses: list[StepStatus]) -> int:
-    """0 when nothing failed (a requested stop is no failure), else the code of the first failure."""
-    return next((s.error.exit_code for s in statuses if s.error and s.error.exit_code), 0)
+    """0 when every step is done, else the code of the first failure, else 1 (stopped on request)."""
+    codes = [s.error.exit_code for s in statuses if s.error and s.error.exit_code]
+    return codes[0] if codes else int(any(s.state is not State.DONE for s in statuses))

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster import storage
-from cluster.errors import DriftError
+from cluster.errors import ConfigError, DriftError, StorageUnavailable
+from cluster.resources import Resources
 from pipeline.registry import Registry
 from pipeline.runner import Runner, State, exit_code
 from tests.pipeline import toys
@@ -77,10 +79,51 @@ def test_changed_config_is_drift_and_names_the_field(tmp_path: Path) -> None:
     assert set(states(run(tmp_path, toy={"value": 4.0, "version": "v2"})).values()) == {State.DONE}
 
 
-def test_begun_but_unfinished_step_is_not_continued_under_another_config(tmp_path: Path) -> None:
-    run(tmp_path, toy={"fail": "ours"})
+def test_checkpoints_are_not_continued_under_another_config(tmp_path: Path) -> None:
+    run(tmp_path, toy={"fail": "after a checkpoint"})
     with pytest.raises(DriftError, match="finetune/a/v1"):
         run(tmp_path, toy={"value": 9.0})
+
+
+def test_step_that_left_no_checkpoint_may_be_begun_under_another_config(tmp_path: Path) -> None:
+    run(tmp_path, toy={"fail": "ours"})
+    assert set(states(run(tmp_path, toy={"value": 9.0})).values()) == {State.DONE}
+    assert not storage.exists(f"{tmp_path}/finetune/a/v1/failure.json"), (
+        "an old failure is not shown any more"
+    )
+
+
+def test_step_that_never_fits_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    steps = [replace(toys.chain()[0], resources=Resources(workers=65))]
+    with pytest.raises(ConfigError, match="asks for more than there is"):
+        run(tmp_path, steps=steps)
+    assert not toys.CALLS
+
+
+def test_outage_of_the_registry_is_no_failure_and_is_made_up_for(tmp_path: Path, monkeypatch) -> None:
+    def away(*_: object) -> int:
+        raise StorageUnavailable("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Registry, "publish", lambda self, records: away() if records else 0)
+        assert set(states(run(tmp_path)).values()) == {State.DONE}
+    assert len(toys.CALLS) == 4, "no step is run again for it"
+    run(tmp_path)
+    assert len(Registry(str(tmp_path)).results()) == 4
+
+
+def test_lost_lease_ends_the_task_and_the_step(tmp_path: Path) -> None:
+    prefix = f"{tmp_path}/finetune/a/v1/lease"
+
+    def robbed(config, inputs, context):
+        storage.write_exclusive(storage.join(prefix, "00000002.json"), b"{}")
+        time.sleep(3)
+        return toys.train(config, inputs, context)
+
+    steps = [toys.replace_function(toys.chain()[0].inputs["checkpoint"], robbed)]
+    statuses = run(tmp_path, steps=steps)
+    assert exit_code(statuses) == 3
+    assert not storage.exists(f"{tmp_path}/finetune/a/v1/record.json")
 
 
 def test_events_lost_by_a_kill_between_record_and_registry_are_published_by_the_next_run(

@@ -32,6 +32,9 @@ class ToyConfig(Config):
 def train(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
     with _lock:
         CALLS.append(context.out)
+    if config.fail == "after a checkpoint":
+        storage.write_exclusive(storage.join(context.out, "checkpoints", "1.json"), b"{}")
+        raise DataInvalid("toy data ended")
     if config.fail == "ours":
         raise DataInvalid("toy data are broken", expected="good", found="bad", remedy="mend them")
     if config.fail == "theirs":
@@ -111,6 +114,9 @@ class ThreadSession:
             except TimeoutError:
                 continue
         return [job for job in jobs if job.future.done()]
+
+    def shortage(self, resources: Resources) -> str | None:
+        return "1 CPU" if resources.workers > 64 else None
 
     def close(self) -> None:
         self._pool.shutdown()
