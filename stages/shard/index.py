@@ -109,10 +109,10 @@ class SourceIndex:
         names = zip(folders, self.table.names(rows), strict=True)
         return [f"{folder}/{name}" if folder else name for folder, name in names]
 
-    def keys(self, split: str, rows: np.ndarray) -> list[str]:
-        """Keys, unique within the split."""
+    def keys(self, split: str, rows: np.ndarray, paths: list[str]) -> list[str]:
+        """Keys of rows, whose `paths` are given; unique within the split."""
         renamed = self.splits[split].renamed
-        keys = [_key(_stripped(path.rpartition("/")[0], self.strip), path) for path in self.paths(rows)]
+        keys = [_key(_stripped(path.rpartition("/")[0], self.strip), path) for path in paths]
         return [renamed.get(row, key) for row, key in zip(rows.tolist(), keys, strict=True)]
 
 

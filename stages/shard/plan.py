@@ -74,12 +74,13 @@ def _in_blocks(index: SourceIndex, rows: np.ndarray, order: np.ndarray, blocks: 
 def samples_of(index: SourceIndex, shard: PlannedShard) -> Samples:
     """What the shard's writer needs of its images."""
     table, rows = index.table, shard.rows
+    paths = index.paths(rows)
     return Samples(
-        paths=index.paths(rows),
+        paths=paths,
         # A name too long for ustar is replaced by its hash; the label and the order stay.
         keys=[
             key if fits(f"{key}.jpg") else hashlib.sha256(key.encode()).hexdigest()[:32]
-            for key in index.keys(shard.split, rows)
+            for key in index.keys(shard.split, rows, paths)
         ],
         container=np.asarray(table.container)[rows].tolist(),
         offset=np.asarray(table.offset)[rows].tolist(),
