@@ -12,7 +12,7 @@ STORE ?= local
 ROOT ?= $(if $(filter s3,$(STORE)),s3://itpn/demo,runs/demo)
 S3_DIR ?= runs/s3
 SET ?=
-FLAGS = $(foreach value,$(SET),--set $(value))
+FLAGS = $(foreach value,$(SET),--set '$(value)')
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
@@ -26,7 +26,8 @@ setup: $(READY) ## make .venv and install everything from requirements.lock
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python 3.11 or 3.12 is needed, found {v[0]}.{v[1]}; make PYTHON=/path/to/python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# A killed set-up leaves half an environment, which is made anew.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@# torch first and pinned: any other order lets a dependency choose another build of several GB.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.lock)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
@@ -58,7 +59,7 @@ format: $(READY) ## format the code
 	$(BIN)/ruff format .
 
 bench: $(READY) ## every benchmark (QUICK=1 for a minute each)
-	@for script in bench/*.py; do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick); done
+	@for script in $$(grep -l '^if __name__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick); done
 
 pretrain-base pretrain-large: pretrain-%: $(READY) ## pre-train at scale: IMAGENET=URI TEACHER=URI ROOT=URI [SET="a.b=c …"]
 	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" \
@@ -71,4 +72,5 @@ store-stop: ## stop the S3 server of `make demo STORE=s3` after a kill
 	@$(BIN)/python -m cluster.devstore stop --dir $(S3_DIR)
 
 clean: ## remove the demo's outputs
+	@if test -d $(S3_DIR) && test -x $(BIN)/python; then $(BIN)/python -m cluster.devstore stop --dir $(S3_DIR); fi
 	rm -rf runs

@@ -129,6 +129,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_state(folder)['ports']['s3.port']}",
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "no_proxy": "127.0.0.1,localhost",
         "ITPN_DEV_BUCKET": BUCKET,
     }
 

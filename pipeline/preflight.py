@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster import storage
 from cluster.errors import ItpnError, PreflightError
+
+ANSWER_S = 20.0  # how long a store may take to answer the first question
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,12 @@ class Requirement:
     Args:
         name: what it is.
         check: returns what was found when it is there, and raises ItpnError when it is not.
+        kinds: the kinds of steps that need it; a run whose steps of these kinds are done does not ask.
     """
 
     name: str
     check: Callable[[], str]
+    kinds: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def gpus(count: int, address: str | None = None) -> Requirement:
             )
         return f"{found} GPUs"
 
-    return Requirement("GPUs", check)
+    return Requirement("GPUs", check, frozenset({"pretrain", "finetune", "evaluate"}))
 
 
-def readable(name: str, uri: str, remedy: str) -> Requirement:
-    """An object or folder that must be there."""
+def readable(name: str, uri: str, remedy: str, kind: str) -> Requirement:
+    """An object or folder that steps of `kind` read."""
 
     def check() -> str:
         if not uri:
@@ -82,7 +85,7 @@ def readable(name: str, uri: str, remedy: str) -> Requirement:
             raise PreflightError("not there", found=f"nothing at {uri}", remedy=remedy)
         return uri
 
-    return Requirement(name, check)
+    return Requirement(name, check, frozenset({kind}))
 
 
 def root(uri: str | None) -> Requirement:
@@ -97,11 +100,6 @@ def root(uri: str | None) -> Requirement:
         return f"{uri} answers and refuses a second exclusive create"
 
     return Requirement("root", check)
-
-
-def default_address(address: str | None) -> str | None:
-    """The Ray cluster to use: the flag, else RAY_ADDRESS, else None (a local Ray)."""
-    return address or os.environ.get("RAY_ADDRESS") or None
 
 
 def _local_gpus() -> int:

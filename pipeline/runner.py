@@ -69,7 +69,7 @@ class StepStatus:
     record: Record | None = None
     error: ItpnError | None = None
     note: str = ""
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.time)
 
 
 class Runner:
@@ -309,7 +309,7 @@ class Runner:
     def _set(self, step: Step, state: State, **changes: Any) -> None:
         status = self.status[step.id]
         if state is State.RUNNING and status.state is not State.RUNNING:
-            status.began = time.monotonic()
+            status.began = time.time()
         status.state = state
         for name, value in changes.items():
             setattr(status, name, value)

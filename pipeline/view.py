@@ -52,7 +52,7 @@ class RunView:
 
     def __exit__(self, *exc: object) -> None:
         self._end.set()
-        self._thread.join()
+        self._thread.join(timeout=5)  # it may be waiting for a store that does not answer
         if self._live:
             self._live.update(self._table(), refresh=True)
             self._live.stop()
@@ -73,7 +73,10 @@ class RunView:
         while not self._end.wait(1.0):
             for status in self._statuses:
                 if status.state is State.RUNNING:
-                    self._progress[status.step.id] = read_progress(self._root, status) or {}
+                    progress = read_progress(self._root, status) or {}
+                    # What an earlier attempt left behind says nothing about this one.
+                    fresh = progress.get("at", 0) >= status.began
+                    self._progress[status.step.id] = progress if fresh else {}
             if self._live:
                 self._live.update(self._table())
             elif time.monotonic() - last >= self._every_s:
@@ -139,34 +142,39 @@ def status_table(root: str, statuses: list[StepStatus]) -> Table:
 
 def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType:
     """One line for each setting and seed, pretrained and scratch side by side; then the checkpoints."""
-    pairs: dict[tuple[str, int], dict[str, ResultRow]] = defaultdict(dict)
+    pairs: dict[tuple[str, str, int], dict[str, ResultRow]] = defaultdict(dict)
     for row in rows:
         if row.metric == metric:
-            pairs[(f"{row.dataset}/{row.split}", row.seed)][row.init] = row
+            pairs[(f"{row.dataset}/{row.split}", _setting(row), row.seed)][row.init] = row
     table = Table(title=f"{metric} (%)", title_justify="left")
-    table.add_column("data")
+    for heading in ("data", "job"):
+        table.add_column(heading)
     for heading in ("seed", "pretrained", "scratch", "gain"):
         table.add_column(heading, justify="right")
+    inits = ("pretrained", "scratch")
     gains = []
-    for (data, seed), found in sorted(pairs.items()):
-        values = [found[init].value if init in found else None for init in ("pretrained", "scratch")]
+    for (data, setting, seed), found in sorted(pairs.items()):
+        values = [found[init].value if init in found else None for init in inits]
         gain = values[0] - values[1] if values[0] is not None and values[1] is not None else None
         gains += [gain] if gain is not None else []
-        table.add_row(data, str(seed), *(_number(v) for v in values), _number(gain, "+"))
+        table.add_row(data, setting, str(seed), *(_number(v) for v in values), _number(gain, "+"))
     if len(gains) > 1:
-        means = [
-            mean(r.value for f in pairs.values() for r in f.values() if r.init == init)
-            for init in ("pretrained", "scratch")
-        ]
+        means = [mean(f[init].value for f in pairs.values() if init in f) for init in inits]
         table.add_section()
-        table.add_row("mean", "", *(_number(v) for v in means), _number(mean(gains), "+"))
+        table.add_row("mean", "", "", *(_number(v) for v in means), _number(mean(gains), "+"))
     checkpoints = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("init", "seed", metric, "checkpoint"):
+    for heading in ("job", "init", "seed", metric, "checkpoint"):
         checkpoints.add_column(heading, overflow="fold", no_wrap=heading != "checkpoint")
-    for found in (pairs[key] for key in sorted(pairs)):
-        for row in found.values():
-            checkpoints.add_row(row.init, str(row.seed), _number(row.value), row.checkpoint)
+    for key in sorted(pairs):
+        for row in pairs[key].values():
+            checkpoints.add_row(key[1], row.init, str(row.seed), _number(row.value), row.checkpoint)
     return Group(table, Text(""), checkpoints)
+
+
+def _setting(row: ResultRow) -> str:
+    """The job's name less its initialisation and seed, which have columns of their own."""
+    name = row.step.split("/")[1]
+    return name.removesuffix(f"-s{row.seed}").replace(f"-{row.init}", "")
 
 
 def rows_table(rows: list[ResultRow]) -> Table:

@@ -63,13 +63,13 @@ def nearest(name: str, valid: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else "valid names: " + ", ".join(sorted(valid))
 
 
-def parse_assignments(pairs: list[str]) -> dict[str, str]:
-    """`["a.b=c"]` → `{"a.b": "c"}`; raises ConfigError for a pair without `=`."""
+def parse_assignments(pairs: list[str], *, flag: str = "--set") -> dict[str, str]:
+    """`["a.b=c"]` → `{"a.b": "c"}`; raises ConfigError, naming the flag, for a pair without `=`."""
     result = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
         if not sign or not key:
-            raise ConfigError(f"--set {pair!r} has no value", expected="KEY=VALUE", found=pair)
+            raise ConfigError(f"{flag} {pair!r} has no value", expected="KEY=VALUE", found=pair)
         result[key] = value
     return result
 

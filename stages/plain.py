@@ -54,7 +54,10 @@ def main(config_class: type[Config], run: Callable[..., Outcome], *, stage: str,
             attempt=_attempt(world),
             resources=Resources(workers=world),
         )
-        inputs = {name: _read_artifact(name, uri) for name, uri in parse_assignments(arguments.input).items()}
+        inputs = {
+            name: _read_artifact(name, uri)
+            for name, uri in parse_assignments(arguments.input, flag="--input").items()
+        }
         outcome = run(config, inputs, context)
         if int(os.environ.get("RANK", 0)) == 0:
             _finish(context.out, outcome)

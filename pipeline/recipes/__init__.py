@@ -2,7 +2,7 @@
 
 A recipe module has a docstring (command, hardware, hours, expected result), a config class `Recipe`
 (defaults are the recipe; `--set` replaces values), `build(config) -> list[Step]`, and
-`requirements(config) -> list[Requirement]`, what the machines must have before anything starts.
+`requirements(config, address) -> list[Requirement]`, what the machines must have before anything starts.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class Recipe(Config):
         teacher=TeacherConfig(uri=str(ASSETS / "clip-micro")),
         data=DataConfig(view=TrainView(size=96, min_scale=0.35), streams=8),
         global_batch=64,
-        schedule=ScheduleConfig(steps=240, warmup_steps=20, min_lr=1e-5),
+        schedule=ScheduleConfig(steps=260, warmup_steps=20, min_lr=1e-5),
         optimiser=OptimiserConfig(lr=2e-3),
-        checkpoint=CheckpointConfig(save_every_steps=60),
+        checkpoint=CheckpointConfig(save_every_steps=50),
     )
     finetune: FinetuneConfig = FinetuneConfig(
         backbone=backbone_config("fast_itpn_micro"),
@@ -55,9 +55,9 @@ class Recipe(Config):
         std=PLAIN,
         mix=MixConfig(mixup=0.0, cutmix=0.0),
         random_erasing=0.0,
-        schedule=ScheduleConfig(steps=80, warmup_steps=8, min_lr=1e-6),
-        optimiser=OptimiserConfig(lr=1e-3, layer_decay=0.9),
-        checkpoint=CheckpointConfig(save_every_steps=40),
+        schedule=ScheduleConfig(steps=40, warmup_steps=5, min_lr=1e-6),
+        optimiser=OptimiserConfig(lr=2e-3, layer_decay=0.9),
+        checkpoint=CheckpointConfig(save_every_steps=20),
     )
     evaluate: EvaluateConfig = EvaluateConfig(
         data=EvalDataConfig(view=EvalView(size=96, crop_pct=1.0)), mean=PLAIN, std=PLAIN
@@ -88,9 +88,15 @@ def requirements(config: Recipe, address: str | None) -> list[preflight.Requirem
     """The images and the teacher."""
     return [
         preflight.readable(
-            "data set", config.data.source, "--set data.source=PATH (an ImageFolder tree, tar or zip)"
+            "data set",
+            config.data.source,
+            "--set data.source=PATH (an ImageFolder tree, tar or zip)",
+            "shard",
         ),
         preflight.readable(
-            "teacher", config.pretrain.teacher.uri, "--set pretrain.teacher.uri=PATH of a CLIP model"
+            "teacher",
+            config.pretrain.teacher.uri,
+            "--set pretrain.teacher.uri=PATH of a CLIP model",
+            "pretrain",
         ),
     ]
