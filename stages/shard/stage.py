@@ -21,7 +21,7 @@ from stages.shard.plan import PlannedShard, plan_fingerprint, plan_shards, sampl
 from stages.shard.publish import SHOWN, publish
 from stages.shard.read import Where
 from stages.shard.source import Source, open_source
-from stages.shard.write import ShardJob, Summary, read_part, summary, write_shards
+from stages.shard.write import ShardJob, Summary, parts_uri, read_part, summary, write_shards
 
 _TASK_SHARDS = 4  # at most, of one task: a killed worker repeats no more than these
 
@@ -52,7 +52,7 @@ def _write_all(
 ) -> dict[str, Summary]:
     """Summaries of all shards by name: of those found, and of those written now."""
     total = sum(len(split) for split in index.splits.values())
-    found = {Path(item.uri).stem for item in storage.list_files(storage.join(context.out, "parts"))}
+    found = {Path(item.uri).stem for item in storage.list_files(parts_uri(context.out, plan))}
     names = [shard.name for shard in planned if shard.name in found]
     with ThreadPoolExecutor(8) as pool:
         parts = dict(

@@ -4,7 +4,7 @@ Runs in a worker process, on a few shards in a row: while one is packed, the one
 the store by a thread. So at most two shards per worker exist at once, as temporary files; in memory there is
 one image (local sources), or at most two shards' worth (stages/shard/read.py).
 
-A shard counts when its part record (`parts/<name>.json`, created exclusively) is there; the tar lies under
+A shard counts when its part record (`parts/<plan>/<name>.json`, created exclusively) is there; the tar lies under
 the prefix of the attempt that wrote it, so a dead writer's file never mixes with a live one's.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from cluster import storage
-from cluster.errors import AlreadyExists, DataInvalid
+from cluster.errors import AlreadyExists
 from stages.data.decode import BadImage, Header, decode, probe
 from stages.shard.read import Samples, Where, read_images
 from stages.shard.scan import local_path
@@ -52,9 +52,17 @@ class Summary(TypedDict):
     skipped: list[dict[str, str]]
 
 
-def part_uri(out: str, name: str) -> str:
+def parts_uri(out: str, plan: str) -> str:
+    """Where the records of shards lie that were written from one source under one config (`plan`, its sha256).
+
+    A source that was mended, or a limit that was raised, is another plan: its shards are written anew.
+    """
+    return storage.join(out, "parts", plan[:16])
+
+
+def part_uri(out: str, name: str, plan: str) -> str:
     """Where the record of a finished shard lies."""
-    return storage.join(out, "parts", f"{name}.json")
+    return storage.join(parts_uri(out, plan), f"{name}.json")
 
 
 def write_shards(jobs: list[ShardJob]) -> list[Summary]:
@@ -69,7 +77,7 @@ def write_shards(jobs: list[ShardJob]) -> list[Summary]:
         ThreadPoolExecutor(1) as publisher,
     ):
         for job in jobs:
-            if len(jobs) > 1 and storage.exists(part_uri(job["out"], job["name"])):
+            if len(jobs) > 1 and storage.exists(part_uri(job["out"], job["name"], job["plan"])):
                 done.append(publisher.submit(_existing, job))
                 continue
             packed = _pack(job, Path(folder) / f".tmp-{job['name']}.tar")
@@ -80,16 +88,8 @@ def write_shards(jobs: list[ShardJob]) -> list[Summary]:
 
 
 def read_part(out: str, name: str, plan: str) -> dict[str, Any]:
-    """The record of a finished shard; raises DataInvalid when it belongs to another source or config."""
-    part = storage.read_json(part_uri(out, name))
-    if part["plan"] != plan:
-        raise DataInvalid(
-            f"{part_uri(out, name)} was written from another source or config than this run's",
-            expected=f"plan {plan[:16]}",
-            found=f"plan {part['plan'][:16]}",
-            remedy="the source changed while the data set was being written: give it a new name or version",
-        )
-    return part
+    """The record of a finished shard."""
+    return storage.read_json(part_uri(out, name, plan))
 
 
 def summary(part: dict[str, Any]) -> Summary:
@@ -142,7 +142,7 @@ def _publish(
     shard = {"name": job["name"], "path": path, "samples": len(rows["key"]), "bytes": total, "sha256": sha256}
     part = {"plan": job["plan"], "split": job["split"], "shard": shard, "rows": rows, "skipped": skipped}
     try:
-        storage.write_json_exclusive(part_uri(job["out"], job["name"]), part)
+        storage.write_json_exclusive(part_uri(job["out"], job["name"], job["plan"]), part)
     except AlreadyExists:
         return _existing(job)
     return summary(part)

@@ -142,7 +142,7 @@ def test_workers_of_a_killed_program_end_with_it(image_folder: Path, tmp_path: P
     settings = ["--set", "name=killed", "--set", f"source={image_folder}", "--set", "shard_samples=1"]
     driver = psutil.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts = tmp_path / "out/parts"
-    while driver.poll() is None and not (parts.is_dir() and any(parts.iterdir())):
+    while driver.poll() is None and not (parts.is_dir() and any(parts.rglob("*.json"))):
         time.sleep(0.005)
     workers = driver.children()
     driver.kill()

@@ -22,7 +22,7 @@ from stages.context import StageContext
 from stages.data.manifest import load_manifest, resolve
 from stages.shard.config import ShardConfig
 from stages.shard.stage import run
-from tests.stages.images import jpeg, picture, shard_folder, write_image_folder
+from tests.stages.images import jpeg, picture, shard_folder
 
 
 def tar_of(folder: Path, out: Path, prefix: str = "") -> Path:
@@ -115,7 +115,7 @@ def test_a_rerun_writes_only_what_is_missing(image_folder: Path, tmp_path: Path)
     whole = shard_folder(image_folder, tmp_path / "whole", shard_samples=8)
     ref = shard_folder(image_folder, tmp_path / "out", shard_samples=8)
     first = Path(ref.manifest).parent
-    (tmp_path / "out/parts/train-000001.json").unlink()
+    next((tmp_path / "out/parts").glob("*/train-000001.json")).unlink()
     (first / "train-000001.tar").unlink()
     again = shard_folder(image_folder, tmp_path / "out", shard_samples=8)
     assert shard_bytes(again) == shard_bytes(whole)
@@ -123,11 +123,15 @@ def test_a_rerun_writes_only_what_is_missing(image_folder: Path, tmp_path: Path)
     assert again.fingerprint == ref.fingerprint
 
 
-def test_parts_of_another_source_are_refused(image_folder: Path, tmp_path: Path) -> None:
-    shard_folder(image_folder, tmp_path / "out")
-    other = write_image_folder(tmp_path / "other", train=3)
-    with pytest.raises(DataInvalid, match="another source or config"):
-        shard_folder(other, tmp_path / "out")
+def test_a_mended_source_is_sharded_anew(image_folder: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(image_folder, tmp_path / "in")
+    bad = broken / "train/class_1/img_2.jpg"
+    bad.write_bytes(b"not an image")
+    with pytest.raises(DataInvalid, match="max_bad_fraction"):
+        shard_folder(broken, tmp_path / "out")
+    bad.unlink()
+    assert shard_folder(broken, tmp_path / "out").splits["train"] == 29
+    assert shard_folder(image_folder, tmp_path / "out").splits["train"] == 30
 
 
 def test_shards_can_be_cut_by_bytes(image_folder: Path, tmp_path: Path) -> None:
