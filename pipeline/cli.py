@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import storage
+from cluster.errors import ConfigError, ItpnError, StorageUnavailable
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
@@ -82,9 +83,11 @@ def run(
                 {"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)}
             )
         return
-    # Asked before the full preflight, so that a finished run starts neither torch nor Ray.
-    if not (root and _finished(storage.join(root), recipe, steps)):
-        preflight.demand([preflight.root(root), *module.requirements(config, address)])
+    # Only what the steps to do need is asked for, and of a finished run nothing: it starts neither torch nor Ray.
+    to_do = _kinds_to_do(root, recipe, steps)
+    if to_do:
+        needed = [need for need in module.requirements(config, address) if need.kinds & to_do]
+        preflight.demand([preflight.root(root), *needed])
     uri = storage.join(root)
     console = console_of(as_json)
     runner = Runner(
@@ -97,7 +100,7 @@ def run(
         on_change=lambda status: shown.changed(status),
     )
     shown = view.RunView(uri, list(runner.status.values()), console)
-    console.print(f"recipe {recipe}  →  {uri}", highlight=False, soft_wrap=True)
+    console.print(f"recipe {recipe}  →  {uri}", highlight=False, markup=False, soft_wrap=True)
     with shown:
         statuses = runner.run()
     _tell(uri, recipe, statuses, console, as_json)
@@ -170,14 +173,27 @@ def _recipe(name: str, assignments: list[str]) -> tuple[Any, Config]:
     return module, module.Recipe().with_set(parse_assignments(assignments))
 
 
-def _finished(root: str, recipe: str, steps: list[Step]) -> bool:
-    return all(status.state is State.DONE for status in Runner(root, recipe, steps).plan())
+def _kinds_to_do(root: str, recipe: str, steps: list[Step]) -> set[str]:
+    """The kinds of the steps that are not done; all of them where the root is missing or does not answer."""
+    kinds = {step.kind for step in steps}
+    if not root:
+        return kinds
+    try:
+        storage.list_files(storage.join(root, "registry"), most=1, deadline_s=preflight.ANSWER_S)
+        statuses = Runner(storage.join(root), recipe, steps).plan()
+    except (ConfigError, StorageUnavailable):
+        return kinds  # the preflight tells what is wrong with it
+    return {status.step.kind for status in statuses if status.state is not State.DONE}
 
 
 def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, as_json: bool) -> None:
     code = exit_code(statuses)
-    ids = {status.step.id for status in statuses}
-    rows = [row for row in Registry(root).results(run=recipe) if row.step in ids]
+    rows = []
+    try:
+        ids = {status.step.id for status in statuses}
+        rows = [row for row in Registry(root).results(run=recipe) if row.step in ids]
+    except ItpnError as error:  # must not hide what happened to the steps
+        err.print(f"[yellow]the registry cannot be read:[/] {escape(str(error))}", soft_wrap=True)
     if rows:
         console.print()
         console.print(view.results_table(rows))
@@ -185,7 +201,8 @@ def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, 
     new = sum(not status.reused for status in done)
     console.print(f"\n{len(done)} of {len(statuses)} steps done, {new} of them in this run.")
     for failed in (status for status in statuses if status.error):
-        err.print(f"\n[bold red]{failed.step.id} failed:[/] {escape(str(failed.error))}", soft_wrap=True)
+        word = "failed" if failed.state is State.FAILED else failed.state.value
+        err.print(f"\n[bold red]{failed.step.id} {word}:[/] {escape(str(failed.error))}", soft_wrap=True)
     if as_json:
         view.print_json(
             {
