@@ -37,7 +37,7 @@ def test_value_of_the_wrong_type_is_named() -> None:
 
 
 def test_unknown_key_in_a_file_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="inner.rte: unknown key, did you mean 'rate'"):
+    with pytest.raises(ConfigError, match=r"inner\.rte: unknown key, did you mean 'rate'"):
         Outer.parse({"inner": {"rte": 1}})
 
 
