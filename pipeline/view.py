@@ -229,18 +229,26 @@ def _detail(status: StepStatus, progress: dict[str, Any]) -> str:
         )
     if status.state is State.FAILED and status.error:
         return status.error.message.splitlines()[0]
-    if status.state is not State.RUNNING or not progress:
+    if status.state is not State.RUNNING:
         return status.note
+    if not progress:
+        return status.note or "starting, or waiting for free CPUs and GPUs"
     eta = progress.get("eta_s")
     text = f"{progress['done']}/{progress['total']} {progress['unit']}"
     return text + _metrics(progress.get("metrics", {})) + (f"  ETA {_clock(eta)}" if eta is not None else "")
 
 
 def _metrics(metrics: dict[str, Any]) -> str:
-    shown = []
-    for name, value in metrics.items():
-        if isinstance(value, int | float):
-            shown.append(f"{value:.0f} images/s" if name == "images_per_s" else f"{name} {value:.4g}")
+    forms = {
+        "images_per_s": "{:.0f} images/s",
+        "data_wait_share": "data wait {:.0%}",
+        "epoch": "epoch {:.2f}",
+    }
+    shown = [
+        forms.get(name, name + " {:.4g}").format(value)
+        for name, value in metrics.items()
+        if isinstance(value, int | float)
+    ]
     return "".join("  " + item for item in shown[:5])
 
 

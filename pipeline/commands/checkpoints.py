@@ -44,7 +44,7 @@ def checkpoints_list(
         view.print_json({"ok": True, "root": registry.root, "checkpoints": found})
         return
     if not rows:
-        err.print(f"no checkpoints under {registry.root}")
+        err.print(f"no checkpoints under {registry.root}", markup=False)
         return
     table = Table()
     for heading in ("created", "step", "task", "init", "seed", "MB", "sha256", "aliases"):

@@ -75,7 +75,7 @@ def results_list(
         import pyarrow.parquet as pq
 
         pq.write_table(table, parquet)
-        err.print(f"{len(table)} rows in {parquet}")
+        err.print(f"{len(table)} rows in {parquet}", markup=False)
     if as_json:
         rows = table.to_pylist()
         for row in rows:
@@ -92,7 +92,7 @@ def results_list(
     elif len(table):
         console_of(False).print(_rich_table(table.select(names)))
     else:
-        err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some")
+        err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some", markup=False)
 
 
 @app.command("show")

@@ -88,6 +88,25 @@ def test_pretrain_large_lists_everything_that_is_missing() -> None:
     assert done.stderr.count("remedy:") == 4
 
 
+def test_root_that_does_not_answer_is_listed_with_all_else_that_is_missing() -> None:
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    nobody = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "ITPN_STORAGE_DEADLINE_S": "3"}
+    done = itpn("run", "pretrain_large", "--root", "s3://nowhere/x", **keys, **nobody)
+    assert done.returncode == 2, done.stderr
+    assert "4 things are missing" in done.stderr
+
+
+def test_only_what_the_chosen_steps_need_is_asked_for(tmp_path: Path) -> None:
+    done = itpn("run", "pretrain_large", "--root", str(tmp_path), "--only", "shard")
+    assert done.returncode == 2
+    assert "data set" in done.stderr and "GPUs" not in done.stderr and "teacher" not in done.stderr
+
+
+def test_brackets_in_a_root_are_no_markup(tmp_path: Path) -> None:
+    done = itpn("results", "list", "--root", str(tmp_path / "[" / "x]"))
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_doctor_reports_each_check_and_its_remedy(tmp_path: Path) -> None:
     good = itpn("doctor", "--root", str(tmp_path), "--json")
     assert good.returncode == 0, good.stderr
