@@ -131,14 +131,6 @@ def gather_objects(obj: Any) -> list[Any]:
     return boxes
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    import torch.distributed as dist
-
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def assert_same_on_all_ranks(name: str, value: Any) -> None:
     """Raise ConfigError on every rank when the ranks disagree on `value`, telling who has what."""
     values = gather_objects(value)

@@ -257,6 +257,14 @@ def _claim(prefix: str, token: int, owner: str, ttl_s: float) -> Holder | None:
     return _holder(token, facts, released=False, beat_at=time.time())
 
 
+def holder_of(uri_prefix: str) -> Holder | None:
+    """Who holds the lease, as far as can be told without waiting; None when it is free or its holder looks dead."""
+    holder = _latest(storage.join(uri_prefix))
+    if holder is None or holder.released or holder.known_dead() or holder.looks_dead():
+        return None
+    return holder
+
+
 def _latest(prefix: str) -> Holder | None:
     """The holder of the highest tenure, if any."""
     while tokens := _tokens(prefix):

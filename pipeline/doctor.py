@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-import time
 
 from cluster import storage
 from cluster.errors import ConfigError, StepFailed
+from cluster.lease import holder_of
 from cluster.resources import cpu_count
 from pipeline.preflight import Requirement
 from pipeline.runner import Runner, State, StepStatus
 from pipeline.step import Step
 from pipeline.version import library_versions
 from pipeline.view import read_progress
-
-STALE_S = 60.0  # training reports every second or two; a minute of silence means that nobody works on it
 
 
 def machine(address: str | None) -> list[Requirement]:
@@ -54,17 +52,18 @@ def survey(root: str, recipe: str, steps: list[Step]) -> list[StepStatus]:
     for status in statuses:
         if status.state is not State.TODO:
             continue
-        progress = read_progress(root, status)
-        if progress and time.time() - progress.get("at", 0) < STALE_S and progress.get("state") == "running":
-            status.state = State.RUNNING
+        output = status.step.output(root)
+        holder = holder_of(storage.join(output, "lease"))
+        if holder is not None:
+            status.state, status.note, status.began = State.RUNNING, str(holder), 0.0
             continue
-        failure_uri = storage.join(status.step.output(root), "failure.json")
+        failure_uri = storage.join(output, "failure.json")
         if storage.exists(failure_uri):
             failure = storage.read_json(failure_uri)
             status.state = State.FAILED
             status.note = f"{failure['at']} on {failure['host']}"
             status.error = StepFailed(failure["error"])
-        elif progress:
+        elif progress := read_progress(root, status):
             status.note = (
                 f"interrupted at {progress['done']}/{progress['total']} {progress['unit']}; run it to go on"
             )
