@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster import distributed, storage
 from cluster.distributed import World
-from cluster.errors import DataInvalid, DriftError, ItpnError, StepFailed
+from cluster.errors import AlreadyExists, DataInvalid, DriftError, ItpnError, StepFailed
 from stages.artifacts import FileInfo
 from stages.train import state
 from stages.train.config import CheckpointConfig
@@ -153,7 +153,14 @@ class Checkpoints:
         }
 
     def _store(self, manifest: dict[str, Any]) -> None:
-        storage.write_json_exclusive(manifest_uri(self.out, manifest["step"]), manifest)
+        uri = manifest_uri(self.out, manifest["step"])
+        try:
+            storage.write_json_exclusive(uri, manifest)
+        except AlreadyExists:
+            # The last act of an attempt before this one, which had died for us only: its checkpoint is whole.
+            if storage.read_json(uri)["identity"] != self.identity:
+                raise
+            log.warning("step %d was committed by an attempt before this one", manifest["step"])
         self._forget_old(manifest["step"])
 
     def _forget_old(self, newest: int) -> None:

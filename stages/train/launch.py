@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cluster import distributed
@@ -21,6 +23,17 @@ def spec_of(context: StageContext, **values: Any) -> dict[str, Any]:
         "gpus": context.resources.gpus,
         **values,
     }
+
+
+def source_digest() -> str:
+    """sha256 of the code that this process runs (the files of stages/ and cluster/), to compare between ranks."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parents[2]
+    for room in ("cluster", "stages"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def as_rank(

@@ -28,6 +28,7 @@ from stages.train.checkpoint import Checkpoints
 from stages.train.config import LoopConfig
 from stages.train.engine import Engine
 from stages.train.guards import Guard
+from stages.train.launch import source_digest
 from stages.train.metrics import Clock, LiveView, MetricsWriter, TensorBoardSink, peak_memory_bytes
 from stages.train.optim import parameter_groups
 from stages.train.schedule import Schedule, make_schedule
@@ -88,7 +89,7 @@ class Trainer:
         make_feed: opens the data at a cursor.
         steps_per_epoch: of the sample order.
         out, attempt: where state is kept (see stages/train/checkpoint.py), and the id of this try.
-        identity: identity of the whole stage config, for drift; `data_fingerprint`, `code_version` as well must
+        identity: identity of the whole stage config, for drift; `data_fingerprint` and the code must
             be equal on all ranks.
         layer_of, layers: for layer decay (stages/train/optim.py).
     """
@@ -118,7 +119,7 @@ class Trainer:
         """
         world, config = self.world, self.config
         for name, value in (
-            ("the code version", self.code_version),
+            ("the code", source_digest()),
             ("the config", storage.sha256_bytes(storage.canonical_json(self.identity))),
             ("the data", self.data_fingerprint),
         ):
