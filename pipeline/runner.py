@@ -274,11 +274,11 @@ class Runner:
                     raise self._stopped(step)
                 with suppress(StorageUnavailable):  # not known to be lost; asked again before the record
                     lease.check()
-            result = job.result()
         except BaseException:
             job.cancel()
             self._session.wait([job], timeout_s=30.0)
             raise
+        result = job.result()
         return result["wall_s"], Outcome.model_validate(result["outcome"])
 
     def _publish(self, record: Record) -> None:

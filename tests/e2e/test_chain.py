@@ -19,9 +19,11 @@ from cluster import storage
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
     "pretrain.schedule.steps=4",
+    "pretrain.schedule.warmup_steps=1",
     "pretrain.checkpoint.save_every_steps=2",
     "pretrain.global_batch=8",
     "finetune.schedule.steps=3",
+    "finetune.schedule.warmup_steps=1",
     "finetune.global_batch=8",
     "seeds=[0]",
 ]

@@ -75,14 +75,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_killed_rank_loses_at_most_one_interval_and_nothing_else(root):
+def test_killed_rank_loses_at_most_one_interval_and_the_save_under_way(root):
     assert hashes(root / "killed", 12) == hashes(root / "whole", 12)
     result, whole = (ranks.results(root / f"{name}.result", 2)[0] for name in ("killed", "whole"))
     assert result["losses"] == whole["losses"]
     for rank in range(2):
         assert consumed(root, "killed", rank) == consumed(root, "whole", rank)
         repeated = len((root / f"killed.samples-{rank}").read_text().splitlines()) - 12
-        assert 0 <= repeated <= 4 + 1
+        # Killed in step 7. Saves are made in the background: that of step 4 may not have been committed yet.
+        assert 0 <= repeated <= 7
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(root):
