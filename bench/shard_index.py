@@ -1,7 +1,7 @@
 """Memory and time of the shard stage's index on a synthetic listing of 20 million images.
 
     python bench/shard_index.py                   20 million images in 21,841 class tars; about ten minutes
-    python bench/shard_index.py --images 2000000
+    python bench/shard_index.py --quick           2 million
 
 Runs what `stages.shard` runs between the listing and the first shard (index, permutation, the job of one shard),
 and fails when the process grows by more than `--limit` bytes per image. The last line is one JSON object.
@@ -48,8 +48,11 @@ def listings(images: int) -> Iterator[Listing]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--images", type=int, default=20_000_000)
+    parser.add_argument("--quick", action="store_true", help="2 million images")
     parser.add_argument("--limit", type=float, default=150.0, help="bytes of memory per image")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.images = 2_000_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     began = time.perf_counter()
     config = ShardConfig(name="synthetic", source="/")
