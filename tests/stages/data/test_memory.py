@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import psutil
 import pytest
@@ -49,7 +50,8 @@ def test_ten_epochs_do_not_grow_memory(tmp_path: Path, workers: int) -> None:
     sizes = json.loads(done.stdout.splitlines()[-1])
     # The first two epochs fill allocators and queues.
     assert len(sizes) == 12
-    assert max(sizes[7:]) - max(sizes[2:7]) < 10, f"MB after each epoch: {[round(s) for s in sizes]}"
+    # A sample holds as many batches in flight (5 MB each) as happen to be; medians do not see those.
+    assert median(sizes[7:]) - median(sizes[2:7]) < 10, f"MB after each epoch: {[round(s) for s in sizes]}"
 
 
 if __name__ == "__main__":
