@@ -10,13 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from cluster import storage
-from cluster.errors import ConfigError, ItpnError, StorageUnavailable
+from cluster.errors import ConfigError, StorageUnavailable
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
 from pipeline.commands import checkpoints, registry, results, shard
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
-from pipeline.registry import Registry
+from pipeline.registry import results_of
 from pipeline.runner import Runner, State, StepStatus, exit_code
 from pipeline.step import Step, select, topological
 from stages.config import Config, parse_assignments
@@ -188,12 +188,8 @@ def _kinds_to_do(root: str, recipe: str, steps: list[Step]) -> set[str]:
 
 def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, as_json: bool) -> None:
     code = exit_code(statuses)
-    rows = []
-    try:
-        ids = {status.step.id for status in statuses}
-        rows = [row for row in Registry(root).results(run=recipe) if row.step in ids]
-    except ItpnError as error:  # must not hide what happened to the steps
-        err.print(f"[yellow]the registry cannot be read:[/] {escape(str(error))}", soft_wrap=True)
+    # Not asked of the registry: of equal evaluations it holds the first alone, which may be another recipe's.
+    rows = results_of(status.record for status in statuses if status.record)
     if rows:
         console.print()
         console.print(view.results_table(rows))

@@ -144,7 +144,7 @@ def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType
     """One line for each setting and seed, pretrained and scratch side by side; then the checkpoints."""
     pairs: dict[tuple[str, str, int], dict[str, ResultRow]] = defaultdict(dict)
     for row in rows:
-        if row.metric == metric:
+        if row.metric == metric and not row.variant:
             pairs[(f"{row.dataset}/{row.split}", _setting(row), row.seed)][row.init] = row
     table = Table(title=f"{metric} (%)", title_justify="left")
     for heading in ("data", "job"):

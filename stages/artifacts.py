@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter
 
 
 class _Record(BaseModel):
@@ -55,20 +55,29 @@ class CheckpointRef(_Record):
 
 
 class Measurement(_Record):
-    """One figure that an evaluator yielded."""
+    """One figure that an evaluator yielded; what is None here is as in its EvaluationRef.
+
+    The config of the evaluator identifies the figure, so it holds everything that decides the value: of a
+    speed, the device too.
+    """
 
     metric: str
-    value: float
+    value: FiniteFloat
+    evaluator: dict | None = None
+    samples: int | None = None
+    variant: str = ""  # how the model or the labels differ from the plain evaluation: `both 384px`, `real`
+    on_data: bool = True  # False: whatever the data, as speed is
 
 
 class EvaluationRef(_Record):
-    """What one evaluation of one checkpoint found."""
+    """What one evaluation of one checkpoint found. Figures that are not finite are left out."""
 
     kind: Literal["evaluation"] = "evaluation"
     dataset: str
     split: str
     samples: int
-    evaluator: dict  # the evaluator's config
+    data_fingerprint: str | None = None  # of the data set that was evaluated on
+    evaluator: dict  # the stage's config
     checkpoint: CheckpointRef
     measurements: list[Measurement]
 

@@ -194,7 +194,9 @@ def results_compare(
         table.add_column(Text(heading), justify="left" if heading in ("data", "metric") else "right")
     for line in found["metrics"]:
         cells = [Text(_cell(fact)) for fact in line["groups"]]
-        table.add_row(f"{line['dataset']}/{line['split']}", line["metric"], *cells)
+        table.add_row(
+            f"{line['dataset']}/{line['split']}", f"{line['metric']} {line['variant']}".rstrip(), *cells
+        )
     console = console_of(False)
     console.print(table)
     same = all(data == found["data"][0] for data in found["data"])

@@ -1,7 +1,16 @@
 """What was measured, on what, made from what: immutable events, aliases, and a table view of them."""
 
-from pipeline.registry.events import CheckpointRow, ResultRow, RunRow
+from pipeline.registry.events import CheckpointRow, ResultRow, RunRow, results_of
 from pipeline.registry.rows import Rows
 from pipeline.registry.store import LOWER_IS_BETTER, Registry, better_first
 
-__all__ = ["Registry", "Rows", "ResultRow", "CheckpointRow", "RunRow", "LOWER_IS_BETTER", "better_first"]
+__all__ = [
+    "Registry",
+    "Rows",
+    "ResultRow",
+    "CheckpointRow",
+    "RunRow",
+    "LOWER_IS_BETTER",
+    "better_first",
+    "results_of",
+]

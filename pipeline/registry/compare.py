@@ -44,7 +44,7 @@ def group(registry: Registry, rows: list[ResultRow], name: str) -> list[ResultRo
 def compare(registry: Registry, names: list[str]) -> dict[str, Any]:
     """Compare groups of results with the first of them, JSON-ready.
 
-    `metrics`: for each data set, split and metric, every group's mean, sample standard deviation over its rows
+    `metrics`: for each data set, split, metric and variant, every group's mean, sample standard deviation over its rows
     (seeds; None for one row) and number of rows, and for the later groups `delta` to the first, `better`, and
     `clear`: whether the difference exceeds the standard error of the two means twice (None with one row).
     `config`: leaves that differ between the training steps; a value that varies inside a group is a list of its values.
@@ -52,16 +52,17 @@ def compare(registry: Registry, names: list[str]) -> dict[str, Any]:
     """
     rows = registry.results()
     groups = [group(registry, rows, name) for name in names]
-    cells: dict[tuple[str, str, str], list[list[float]]] = defaultdict(lambda: [[] for _ in names])
+    cells: dict[tuple[str, str, str, str], list[list[float]]] = defaultdict(lambda: [[] for _ in names])
     for index, members in enumerate(groups):
         for row in members:
-            cells[row.dataset, row.split, row.metric][index].append(row.value)
+            cells[row.dataset, row.split, row.metric, row.variant][index].append(row.value)
     metrics = []
-    for (dataset, split, metric), values in sorted(cells.items()):
+    for (dataset, split, metric, variant), values in sorted(cells.items()):
         facts = [_facts(v) for v in values]
         for fact in facts[1:]:
             fact |= _delta(facts[0], fact, metric)
-        metrics.append({"dataset": dataset, "split": split, "metric": metric, "groups": facts})
+        about = {"dataset": dataset, "split": split, "metric": metric, "variant": variant}
+        metrics.append({**about, "groups": facts})
     return {
         "groups": names,
         "metrics": metrics,

@@ -41,14 +41,17 @@ def sync(root: str, *, rebuild: bool = False) -> dict[str, int]:
             table = deltalake.DeltaTable.create(
                 uri, schema=schema, mode="ignore", name=folder, storage_options=options
             )
+            # A table with the columns of another version is written anew; it is only a view.
+            anew = rebuild or _columns(table) != schema.names
             events = registry.ids(folder)
-            known = set() if rebuild else set(_arrow(table, ["id"])["id"].to_pylist())
+            known = set() if anew else set(_arrow(table, ["id"])["id"].to_pylist())
             fresh = [event_uri for id_, event_uri in events.items() if id_ not in known]
             rows = Rows(registry.read(folder, fresh), folder).to_arrow()
             rows = rows.sort_by([("created_at", "ascending"), ("step", "ascending"), ("id", "ascending")])
-            if rows.num_rows or rebuild:
+            if rows.num_rows or anew:
                 lease.check()
-                _write(deltalake, uri, rows, "overwrite" if rebuild else "append", options)
+                how = {"mode": "overwrite", "schema_mode": "overwrite"} if anew else {"mode": "append"}
+                _write(deltalake, uri, rows, how, options)
             added[folder] = rows.num_rows
     return added
 
@@ -59,7 +62,12 @@ def read(root: str, folder: str) -> pa.Table:
     uri = table_uri(root, folder)
     if not deltalake.DeltaTable.is_deltatable(uri, storage_options=_options(uri)):
         raise PreflightError(f"there is no view under {root}", remedy=f"itpn registry sync --root {root}")
-    return _arrow(deltalake.DeltaTable(uri, storage_options=_options(uri)))
+    table = deltalake.DeltaTable(uri, storage_options=_options(uri))
+    if _columns(table) != SCHEMAS[folder].names:
+        raise PreflightError(
+            f"the view under {root} was made by another version", remedy=f"itpn registry sync --root {root}"
+        )
+    return _arrow(table)
 
 
 def table_uri(root: str, folder: str) -> str:
@@ -73,11 +81,15 @@ def _arrow(table: Any, columns: list[str] | None = None) -> pa.Table:
     return found.cast(schema if columns is None else pa.schema([schema.field(c) for c in columns]))
 
 
-def _write(deltalake: Any, uri: str, rows: pa.Table, mode: str, options: dict[str, str]) -> None:
+def _columns(table: Any) -> list[str]:
+    return [field.name for field in table.schema().fields]
+
+
+def _write(deltalake: Any, uri: str, rows: pa.Table, how: dict[str, str], options: dict[str, str]) -> None:
     """One commit; a store that is busy, or another writer's commit, is met with another try."""
     for attempt in range(TRIES):
         try:
-            deltalake.write_deltalake(uri, rows, mode=mode, storage_options=options)
+            deltalake.write_deltalake(uri, rows, storage_options=options, **how)
             return
         except (deltalake.exceptions.CommitFailedError, OSError) as error:
             if attempt == TRIES - 1:

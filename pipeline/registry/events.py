@@ -1,11 +1,17 @@
-"""The events of the registry: immutable, one JSON object each, named by a hash of what they state."""
+"""The events of the registry: immutable, one JSON object each, named by a hash.
+
+Of checkpoints and runs the hash covers all that the event states. Of a result it covers what identifies the
+value: weights, evaluator, evaluated data, metric. So the same evaluation, made again by another recipe, at
+another time or under another path, adds nothing: the first value stands.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from cluster import storage
 from cluster.errors import AlreadyExists, DataInvalid
@@ -13,10 +19,14 @@ from pipeline.record import Record
 from stages.artifacts import CheckpointRef, EvaluationRef
 
 SCHEMA = 1
+RESULT_SCHEMA = (
+    2  # 1 had no evaluator_fingerprint, evaluated_fingerprint and variant; its id covered all the rest
+)
+ANY_DATA = "any"  # data set and split of a figure that no data decide, as speed
 
 
 class Event(BaseModel):
-    """What every event has; `id` is a hash of its content."""
+    """What every event has; `id` is a hash of its content, or of what identifies it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: int = SCHEMA
@@ -27,12 +37,21 @@ class Event(BaseModel):
 
     @property
     def id(self) -> str:
-        return hashlib.sha256(storage.canonical_json(self.model_dump(mode="json"))).hexdigest()[:32]
+        return _digest(self._identity())[:32]
+
+    def _identity(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
 
 
 class ResultRow(Event):
-    """One value: what was measured, on which weights, from which data and code."""
+    """One value: what was measured, on which weights, from which data and code.
 
+    `data_fingerprint` is of the data that the weights were trained on, `evaluated_fingerprint` of those that the
+    value was measured on (None where no data decide it). `variant` is empty for the model as it was trained; it
+    tells an acceleration, a resolution or other labels, which rules and tables of results leave aside.
+    """
+
+    schema_version: int = RESULT_SCHEMA
     dataset: str
     split: str
     metric: str
@@ -40,12 +59,29 @@ class ResultRow(Event):
     samples: int
     init: str  # pretrained | scratch
     seed: int
+    variant: str = ""
     evaluator: dict[str, Any]
+    evaluator_fingerprint: str  # of `evaluator`; made when it is not given
+    evaluated_fingerprint: str | None = None
     checkpoint: str
     checkpoint_sha256: str
     pretrain: str | None
     training_fingerprint: str | None
     data_fingerprint: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_fingerprint(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("evaluator"), dict):
+            return {"evaluator_fingerprint": _digest(data["evaluator"])} | data
+        return data
+
+    def _identity(self) -> dict[str, Any]:
+        if self.schema_version == 1:
+            new = {"variant", "evaluator_fingerprint", "evaluated_fingerprint"}
+            return self.model_dump(mode="json", exclude=new)
+        keys = {"checkpoint_sha256", "evaluator_fingerprint", "evaluated_fingerprint", "metric"}
+        return self.model_dump(mode="json", include=keys)
 
 
 class CheckpointRow(Event):
@@ -96,14 +132,16 @@ def events_of(record: Record) -> list[tuple[str, Event]]:
         for measured in artifact.measurements:
             result = ResultRow(
                 **common,
-                dataset=artifact.dataset,
-                split=artifact.split,
+                dataset=artifact.dataset if measured.on_data else ANY_DATA,
+                split=artifact.split if measured.on_data else ANY_DATA,
                 metric=measured.metric,
                 value=measured.value,
-                samples=artifact.samples,
+                samples=artifact.samples if measured.samples is None else measured.samples,
                 init=checkpoint.init,
                 seed=checkpoint.seed,
-                evaluator=artifact.evaluator,
+                variant=measured.variant,
+                evaluator=artifact.evaluator if measured.evaluator is None else measured.evaluator,
+                evaluated_fingerprint=artifact.data_fingerprint if measured.on_data else None,
                 checkpoint=checkpoint.uri,
                 checkpoint_sha256=checkpoint.sha256,
                 pretrain=checkpoint.pretrain,
@@ -112,6 +150,16 @@ def events_of(record: Record) -> list[tuple[str, Event]]:
             )
             found.append(("results", result))
     return found
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(storage.canonical_json(content)).hexdigest()
+
+
+def results_of(records: Iterable[Record]) -> list[ResultRow]:
+    """The result rows that these records imply, in the order of the registry's listing."""
+    rows = [row for record in records for _, row in events_of(record) if isinstance(row, ResultRow)]
+    return sorted(rows, key=lambda row: (row.created_at, row.step, row.metric))
 
 
 def append(uri: str, row: BaseModel) -> int:

@@ -31,7 +31,10 @@ RESULTS = pa.schema(
         ("samples", pa.int64()),
         ("init", pa.string()),
         ("seed", pa.int64()),
+        ("variant", pa.string()),
         ("evaluator", pa.string()),  # JSON
+        ("evaluator_fingerprint", pa.string()),
+        ("evaluated_fingerprint", pa.string()),
         ("checkpoint", pa.string()),
         ("checkpoint_sha256", pa.string()),
         ("pretrain", pa.string()),

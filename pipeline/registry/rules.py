@@ -23,7 +23,8 @@ def check_rule(
     """Whether the checkpoint with these weights fulfils the rule, and the figures it was judged by.
 
     Args:
-        sha256: of the candidate's weights; its newest result of the metric counts.
+        sha256: of the candidate's weights; its newest result of the metric counts, of those that were
+            measured on the model as it was trained (no acceleration, resolution or labels put in its place).
         aliases: alias -> sha256 of what it points at. An alias that does not exist yet lets every
             candidate that has the result pass.
 
@@ -39,7 +40,7 @@ def check_rule(
     dataset, split, metric, compare, right, sign, shift = match.groups()
 
     def newest(digest: str) -> float | None:
-        rows = [r for r in results if r.checkpoint_sha256 == digest]
+        rows = [r for r in results if r.checkpoint_sha256 == digest and not r.variant]
         rows = [r for r in rows if (r.dataset, r.split, r.metric) == (dataset, split, metric)]
         return rows[-1].value if rows else None
 

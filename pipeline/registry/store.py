@@ -7,7 +7,7 @@
     {root}/registry/deleted/<key>.json      checkpoints whose files were removed (retention.py)
     {root}/registry/delta/{results,…}       a view of the events for SQL engines (delta.py)
 
-An event's id is a hash of what it states, so publishing the same record twice adds nothing.
+An event's id is a hash (events.py), so publishing the same record twice adds nothing.
 """
 
 from __future__ import annotations
@@ -97,6 +97,9 @@ class Registry:
     def best(self, metric: str, **equal: Any) -> ResultRow:
         """The best row of `metric`: the highest value, or the lowest for losses, latencies, memory and FLOPs.
 
+        Rows of the model as it was trained go before variants of it (other labels, resolution, acceleration),
+        unless `variant` is given.
+
         Raises ConfigError when no row has that metric, naming those there are.
         """
         rows = self.results(metric=metric, **equal)
@@ -106,7 +109,8 @@ class Registry:
                 f"no result with metric '{metric}' under {self.root}",
                 remedy=nearest(metric, metrics) if metrics else "run a recipe that evaluates, then ask again",
             )
-        return better_first(rows)[0]
+        plain = [row for row in rows if not row.variant] if equal.get("variant") is None else rows
+        return better_first(plain or rows)[0]
 
     def ids(self, folder: str) -> dict[str, str]:
         """Event id -> URI of every event in a folder."""

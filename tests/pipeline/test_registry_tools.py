@@ -37,8 +37,8 @@ def itpn(*arguments: str) -> dict:
 def row(number: int) -> ResultRow:
     return ResultRow(
         run="many", step=f"evaluate/n{number}/v1", dataset="d", split="val", metric="top1", value=number / 2,
-        samples=1, init="scratch", seed=number, evaluator={}, checkpoint="c", checkpoint_sha256="0" * 64, pretrain=None,
-        training_fingerprint=None, data_fingerprint="f", code_version="v", created_at=f"2026-01-01T00:00:{number:06d}",
+        samples=1, init="scratch", seed=number, evaluator={}, checkpoint="c", checkpoint_sha256=f"{number:064x}",
+        pretrain=None, training_fingerprint=None, data_fingerprint="f", code_version="v", created_at=f"2026-01-01T00:00:{number:06d}",
     )  # fmt: skip
 
 
@@ -189,6 +189,22 @@ def test_view_has_each_event_once_and_is_rebuilt_to_the_same(root: str) -> None:
     delta.sync(root, rebuild=True)
     assert select(delta.read(root, "results")) == before == select(Registry(root).results().to_arrow())
     assert len(itpn("results", "list", "--root", root, "--view")["results"]) == 7
+
+
+def test_view_with_the_columns_of_another_version_is_written_anew(root: str) -> None:
+    import pyarrow as pa
+    from deltalake import DeltaTable, write_deltalake
+
+    from pipeline.registry import delta
+
+    uri = delta.table_uri(root, "results")
+    write_deltalake(uri, pa.table({"id": ["old"], "metric": ["top1"]}), name="results")
+    with pytest.raises(PreflightError, match="another version"):
+        delta.read(root, "results")
+    assert delta.sync(root)["results"] == 4
+    assert "old" not in DeltaTable(uri).to_pyarrow_table()["id"].to_pylist()
+    assert select(delta.read(root, "results")) == select(Registry(root).results().to_arrow())
+    assert delta.sync(root)["results"] == 0
 
 
 def test_view_opens_with_duckdb(root: str) -> None:
