@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, StorageUnavailable
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
-from pipeline.commands import checkpoints, registry, results, shard
+from pipeline.commands import checkpoints, registry, results, runs, shard
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import results_of
 from pipeline.runner import Runner, State, StepStatus, exit_code
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(results.app, name="results")
+app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(registry.app, name="registry")
 app.add_typer(shard.app, name="shard")

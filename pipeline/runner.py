@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from cluster import storage
 from cluster.errors import (
@@ -27,6 +27,7 @@ from cluster.errors import (
     ConfigError,
     DriftError,
     ItpnError,
+    LeaseHeld,
     StepFailed,
     Stopped,
     StorageUnavailable,
@@ -35,7 +36,7 @@ from cluster.jobs import RayExecutor, Session
 from cluster.lease import Lease
 from pipeline import record as records
 from pipeline.record import InputRef, Record
-from pipeline.registry import Registry
+from pipeline.registry import Registry, RunRow
 from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
 from stages.artifacts import Artifact, Outcome
@@ -43,6 +44,7 @@ from stages.context import StageContext
 
 log = logging.getLogger(__name__)
 
+ANSWER_S = 10.0  # how long the store may take to answer before the end of a step goes untold
 # How long an outage may last before another host's runner may take a step over. On one host a dead runner is
 # recognised at once.
 LEASE_S = 120.0
@@ -59,6 +61,9 @@ class State(StrEnum):
     DRIFTED = "drifted"
 
 
+_NOT_DONE = (State.FAILED, State.STOPPED, State.BLOCKED)
+
+
 @dataclass
 class StepStatus:
     """Where one step stands in this run."""
@@ -69,6 +74,7 @@ class StepStatus:
     record: Record | None = None
     error: ItpnError | None = None
     note: str = ""
+    blocked_by: str | None = None  # of a blocked step: id of the step that it waits for in vain
     began: float = field(default_factory=time.time)
 
 
@@ -157,10 +163,11 @@ class Runner:
         while True:
             for step in self.steps:
                 if self.status[step.id].state is State.TODO and step not in running.values():
-                    inputs = [self.status[needed.id].state for needed in step.inputs.values()]
-                    if any(state in (State.FAILED, State.STOPPED, State.BLOCKED) for state in inputs):
-                        self._set(step, State.BLOCKED, note="an input is not done")
-                    elif all(state is State.DONE for state in inputs) and len(running) < self._max_parallel:
+                    inputs = [self.status[needed.id] for needed in step.inputs.values()]
+                    lost = next((s for s in inputs if s.state in _NOT_DONE), None)
+                    if lost:
+                        self._block(step, lost, pool)
+                    elif all(s.state is State.DONE for s in inputs) and len(running) < self._max_parallel:
                         running[pool.submit(self._run_step, step)] = step
             if not running:
                 return
@@ -173,12 +180,30 @@ class Runner:
                     self._set(step, State.STOPPED, error=error, note="run again: it goes on from there")
                 except ItpnError as error:
                     self._set(step, State.FAILED, error=error)
-                except Exception as error:
-                    # A defect of ours: told like any other failure, with the end of its traceback.
-                    text = "".join(traceback.format_exception(error)[-3:])
-                    self._set(step, State.FAILED, error=StepFailed(f"'{step.id}' failed", found=text))
+
+    def _block(self, step: Step, lost: StepStatus, pool: ThreadPoolExecutor) -> None:
+        """Skip a step whose input is not done, and register that where the input failed (not: was stopped)."""
+        cause = self.status[lost.blocked_by] if lost.blocked_by else lost
+        self._set(
+            step, State.BLOCKED, note=f"its input {cause.step.id} is not done", blocked_by=cause.step.id
+        )
+        if cause.state is State.FAILED and not isinstance(cause.error, LeaseHeld):
+            reason = cause.error.message.splitlines()[0] if cause.error else ""
+            pool.submit(self._register_end, step, "skipped", f"its input {cause.step.id} failed: {reason}")
 
     def _run_step(self, step: Step) -> Record:
+        """Run a step to its record; a failure is registered, then raised as an ItpnError."""
+        began = time.monotonic()
+        try:
+            return self._hold_and_run(step)
+        except (Stopped, LeaseHeld):
+            raise  # it goes on later, or with the runner that holds it
+        except Exception as error:
+            failure = error if isinstance(error, ItpnError) else _defect(step, error)
+            self._register_end(step, "failed", str(failure), failure.exit_code, time.monotonic() - began)
+            raise failure from None
+
+    def _hold_and_run(self, step: Step) -> Record:
         def waiting(holder: Any) -> None:
             if self._stopping.is_set():
                 raise self._stopped(step)
@@ -288,6 +313,40 @@ class Runner:
         except StorageUnavailable as error:
             log.warning("events of %s are not published yet: %s", record.step, error)
 
+    def _register_end(
+        self,
+        step: Step,
+        outcome: Literal["failed", "skipped"],
+        error: str,
+        exit_code: int = 0,
+        wall_s: float = 0.0,
+    ) -> None:
+        """Publish how a step without a record ended; a store that is away makes it a warning.
+
+        Args:
+            wall_s: from its start in this run to its end, all attempts and the queueing included.
+        """
+        try:
+            registry = Registry(self.root)
+            # Asked first: the step may have failed because the store is away, and that was waited for already.
+            storage.list_files(registry.uri, most=1, deadline_s=ANSWER_S)
+            registry.publish_run(
+                RunRow(
+                    run=self.recipe,
+                    step=step.id,
+                    code_version=code_version(),
+                    created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                    fingerprint=step.fingerprint,
+                    outcome=outcome,
+                    error=error,
+                    exit_code=exit_code,
+                    host=host(),
+                    wall_s=round(wall_s, 3),
+                )
+            )
+        except Exception as problem:
+            log.warning("that %s %s is not registered: %s", step.id, outcome, problem)
+
     @staticmethod
     def _stopped(step: Step) -> Stopped:
         return Stopped(f"'{step.id}' was stopped", remedy="run again: it goes on from what it has committed")
@@ -327,6 +386,12 @@ def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageCo
     began = time.monotonic()
     outcome = fn(config, inputs, context)
     return {"wall_s": time.monotonic() - began, "outcome": outcome.model_dump()}
+
+
+def _defect(step: Step, error: Exception) -> StepFailed:
+    """A defect of ours, told like any other failure, with the end of its traceback."""
+    text = "".join(traceback.format_exception(error)[-3:])
+    return StepFailed(f"'{step.id}' failed", found=text)
 
 
 def exit_code(statuses: list[StepStatus]) -> int:

@@ -26,7 +26,9 @@ def last_json(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 @pytest.mark.parametrize(
-    "command", [["run"], ["status"], ["doctor"], ["results", "list"], ["results", "best"]], ids=" ".join
+    "command",
+    [["run"], ["status"], ["doctor"], ["results", "list"], ["results", "best"], ["runs", "list"]],
+    ids=" ".join,
 )
 def test_every_command_has_help_with_an_example(command: list[str]) -> None:
     done = itpn(*command, "--help")

@@ -209,3 +209,52 @@ def test_stop_releases_the_lease_and_is_no_failure(tmp_path: Path, monkeypatch: 
     assert not storage.exists(f"{tmp_path}/finetune/a/v1/failure.json")
     with Lease.acquire(f"{tmp_path}/finetune/a/v1/lease", wait_s=0):
         pass
+
+
+def ends(root: Path) -> list[tuple[str, str, int]]:
+    return [(row.step, row.outcome, row.exit_code) for row in Registry(str(root)).runs()]
+
+
+def test_every_end_of_a_step_is_registered_with_its_cause(tmp_path: Path) -> None:
+    run(tmp_path, toy={"fail": "ours"})
+    assert sorted(ends(tmp_path)) == [
+        ("evaluate/a/v1", "skipped", 0),
+        ("evaluate/b/v1", "finished", 0),
+        ("finetune/a/v1", "failed", 5),
+        ("finetune/b/v1", "finished", 0),
+    ]
+    why = {row.step: row.error for row in Registry(str(tmp_path)).runs()}
+    assert "toy data are broken" in why["finetune/a/v1"] and "mend them" in why["finetune/a/v1"]
+    assert why["evaluate/a/v1"] == "its input finetune/a/v1 failed: toy data are broken"
+    run(tmp_path)
+    assert sorted(ends(tmp_path)).count(("finetune/b/v1", "finished", 0)) == 1
+    assert {("finetune/a/v1", "finished", 0), ("evaluate/a/v1", "finished", 0)} < set(ends(tmp_path))
+
+
+def test_skipped_step_names_the_first_failure_up_the_chain(tmp_path: Path) -> None:
+    evaluated = toys.chain(fail="ours")[0]
+    last = replace(evaluated, name="a-again", inputs={"checkpoint": evaluated})
+    statuses = run(tmp_path, steps=[last])
+    assert states(statuses)["evaluate/a-again/v1"] is State.BLOCKED
+    skipped = {row.step: row.error for row in Registry(str(tmp_path)).runs() if row.outcome == "skipped"}
+    assert skipped.keys() == {"evaluate/a/v1", "evaluate/a-again/v1"}
+    assert all(text.startswith("its input finetune/a/v1 failed") for text in skipped.values())
+
+
+def test_failure_that_cannot_be_registered_is_still_only_a_failed_step(tmp_path: Path, monkeypatch) -> None:
+    def away(*_: object) -> None:
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(Registry, "publish_run", away)
+    statuses = run(tmp_path, toy={"fail": "ours"})
+    assert states(statuses)["finetune/a/v1"] is State.FAILED
+    assert states(statuses)["evaluate/b/v1"] is State.DONE
+    assert exit_code(statuses) == 5
+
+
+def test_step_that_another_runner_holds_did_not_end_here(tmp_path: Path) -> None:
+    from cluster.lease import Lease
+
+    with Lease.acquire(f"{tmp_path}/finetune/a/v1/lease"):
+        run(tmp_path, wait_for_lease=False)
+    assert {step for step, *_ in ends(tmp_path)} == {"finetune/b/v1", "evaluate/b/v1"}
