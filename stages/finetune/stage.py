@@ -74,9 +74,9 @@ def finetune_rank(spec: dict[str, Any]) -> dict[str, Any]:
 def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:
     import torch
 
+    from stages.finetune.start import start_from
     from stages.finetune.task import ClassifyTask
-    from stages.model import Classifier, layer_id, load_backbone_into, num_layers
-    from stages.model.files import local_copy, read_state
+    from stages.model import Classifier, layer_id, num_layers
     from stages.train.export import export_model
     from stages.train.feeds import open_training_data
     from stages.train.loop import Trainer
@@ -86,12 +86,10 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
     )
     torch.manual_seed(config.seed)  # equal initial weights on all ranks
     module = Classifier(config.backbone, dataset.num_classes, config.head_init_scale)
+    module.classes = tuple(dataset.classes)
     notes = []
     if spec["init"]:
-        with local_copy(spec["init"]["uri"], sha256=spec["init"]["sha256"]) as path:
-            report = load_backbone_into(module, read_state(path))
-        if report.resized:
-            notes.append(f"resized to {config.backbone.img_size} px: {', '.join(report.resized)}")
+        notes = start_from(module, spec["init"]["uri"], spec["init"]["sha256"], dataset.classes)
     if config.train == "head":
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))

@@ -16,7 +16,12 @@ from stages.model.layers import init_weights
 
 
 class _Head(nn.Module):
-    """Mixed into a backbone class: adds `fc_norm` and `head`."""
+    """Mixed into a backbone class: adds `fc_norm` and `head`.
+
+    `classes` names the head's rows in order (class folders: WordNet ids in ImageNet) where that is known.
+    """
+
+    classes: tuple[str, ...] | None = None
 
     def __init__(self, config: BackboneConfig, num_classes: int, head_init_scale: float) -> None:
         super().__init__(config)  # the backbone comes next in the class order
@@ -34,7 +39,8 @@ class _Head(nn.Module):
     def describe(self) -> dict[str, Any]:
         """The JSON config that `save_model` writes and `load` reads."""
         config: BackboneConfig = self.config  # type: ignore[assignment]
-        return {"kind": "classifier", "backbone": config.identity(), "num_classes": self.num_classes}
+        found = {"kind": "classifier", "backbone": config.identity(), "num_classes": self.num_classes}
+        return found | ({"classes": list(self.classes)} if self.classes is not None else {})
 
 
 class FastITPNClassifier(_Head, FastITPN):  # type: ignore[misc]  # forward gives logits

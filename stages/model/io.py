@@ -58,7 +58,9 @@ def build(config: dict[str, Any]) -> nn.Module:
     backbone = BackboneConfig.parse(config["backbone"])
     match config.get("kind"):
         case "classifier":
-            return Classifier(backbone, config["num_classes"])
+            model = Classifier(backbone, config["num_classes"])
+            model.classes = _classes(config)
+            return model
         case "pretrain":
             objective = ObjectiveConfig.parse(config["objective"])
             return MaskedFeatureModel(backbone, objective, config["teacher_dim"])
@@ -69,6 +71,19 @@ def build(config: dict[str, Any]) -> nn.Module:
         expected="kind classifier, pretrain or backbone",
         found=config.get("kind"),
     )
+
+
+def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """Class names of a classifier's config.json; None where it has none."""
+    names = config.get("classes")
+    if names is not None and len(names) != config["num_classes"]:
+        raise DataInvalid(
+            "config.json does not name every class",
+            expected=f"{config['num_classes']} classes",
+            found=f"{len(names)} names",
+            remedy="correct 'classes', or remove it",
+        )
+    return tuple(names) if names is not None else None
 
 
 def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module:
@@ -87,13 +102,17 @@ def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module
     weights = (
         full if Path(full).suffix in (".safetensors", ".pt", ".pth", ".bin") else storage.join(full, WEIGHTS)
     )
-    config_uri = storage.join(weights.rsplit("/", 1)[0], CONFIG)
     with local_copy(weights, sha256=sha256) as path:
         state = read_state(path, ema=ema)
-    config = storage.read_json(config_uri) if storage.exists(config_uri) else infer_config(state)
-    model = build(config)
+    model = build(config_beside(weights) or infer_config(state))
     load_into(model, state, allow_missing=())
     return model.eval()
+
+
+def config_beside(weights: str) -> dict[str, Any] | None:
+    """The `config.json` in the folder of a weights file; None for a published file, which has none."""
+    uri = storage.join(storage.join(weights).rsplit("/", 1)[0], CONFIG)
+    return storage.read_json(uri) if storage.exists(uri) else None
 
 
 def load_into(

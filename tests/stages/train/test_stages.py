@@ -84,6 +84,7 @@ def test_finetuning_starts_from_the_pretrained_weights_and_can_be_evaluated(
     artifact = outcome.artifact
     assert (artifact.init, artifact.pretrain, artifact.task) == ("pretrained", init.uri, "classify")
     averaged = load(artifact.uri).state_dict()
+    assert load(artifact.uri).classes == ("class_0", "class_1", "class_2"), "the export names its classes"
     last = load(str(tmp_path / "finetune/attempts/a/raw/model.safetensors")).state_dict()
     start = load(init.uri).backbone_state_dict()
     stem = "patch_embed.proj.weight"
