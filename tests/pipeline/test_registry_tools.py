@@ -38,7 +38,8 @@ def row(number: int) -> ResultRow:
     return ResultRow(
         run="many", step=f"evaluate/n{number}/v1", dataset="d", split="val", metric="top1", value=number / 2,
         samples=1, init="scratch", seed=number, evaluator={}, checkpoint="c", checkpoint_sha256=f"{number:064x}",
-        pretrain=None, training_fingerprint=None, data_fingerprint="f", code_version="v", created_at=f"2026-01-01T00:00:{number:06d}",
+        pretrain=None, training_fingerprint=None, data_fingerprint="f", code_version="v",
+        created_at=f"2026-01-01T00:00:{number:06d}",
     )  # fmt: skip
 
 
