@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,11 +29,17 @@ class ToyConfig(Config):
     init: str = "scratch"
     fail: str = not_identity("")
     workers: int = not_identity(1)
+    calls: str = not_identity("")  # folder in which every call leaves a file, for calls in other processes
 
 
 def train(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
     with _lock:
         CALLS.append(context.out)
+    if config.calls:
+        name = "-".join(context.out.split("/")[-3:-1])
+        storage.write_exclusive(storage.join(config.calls, name, context.attempt), b"")
+    if config.fail == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if config.fail == "after a checkpoint":
         storage.write_exclusive(storage.join(context.out, "checkpoints", "1.json"), b"{}")
         raise DataInvalid("toy data ended")
