@@ -1,11 +1,18 @@
-"""Floating-point operations of a forward pass, from the config alone: matrix products only, 2 per multiply-add."""
+"""Floating-point operations of a forward pass: matrix products only, 2 per multiply-add."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from stages.model.acceleration import Windows, kept, window_order
-from stages.model.config import BackboneConfig, check_input_size
+from stages.model.config import BackboneConfig, ObjectiveConfig, check_input_size
+from stages.model.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -33,9 +40,7 @@ def backbone_flops(config: BackboneConfig, height: int, width: int, num_classes:
     for positions, dim, blocks in ((16 * N, C // 4, depth1), (4 * N, C // 2, depth2)):
         total += blocks * 2 * positions * 2 * dim * int(dim * config.bridge_mlp_ratio)
         total += 2 * (positions // 4) * (4 * dim) * (2 * dim)  # the merge after the stage
-    hidden = int(C * config.mlp_ratio)
-    per_token = 2 * (4 * C * C + (3 if config.family == "fast_itpn" else 2) * C * hidden)
-
+    per_token = _block_per_token(config)
     gathering, migration = config.gathering, config.migration
     windowed = set() if gathering is None else gathering.windowed_blocks(depth)
     G = 0 if gathering is None else gathering.tokens
@@ -57,3 +62,39 @@ def backbone_flops(config: BackboneConfig, height: int, width: int, num_classes:
             windows = None if windows is None else windows.keep(migration.keep)
             tokens = sum(count * kept(size, migration.keep) for count, size in groups)
     return Flops(total + attention + 2 * C * num_classes, attention)
+
+
+def pretrain_flops(config: BackboneConfig, objective: ObjectiveConfig, teacher_dim: int) -> int:
+    """Forward FLOPs of a MaskedFeatureModel for one image: backbone, pyramid, heads, auxiliary branch.
+
+    Hidden tokens count as visible ones: they are replaced, not dropped.
+    """
+    C, F, N = config.embed_dim, objective.fpn_dim, config.grid**2
+    mlp = 2 * 2 * F * 4 * F  # of one position; the pyramid's MLPs are four times as wide
+    pyramid = 2 * N * (C * F if C != F else 0) + 2 * 4 * N * (C // 2) * F + 2 * 16 * N * (C // 4) * F
+    pyramid += 2 * N * C * 4 * F + 2 * 4 * N * F * 4 * F  # the two splits
+    pyramid += mlp * (objective.fpn_depth * (4 + 16) + 1 + 4 + 16) * N
+    heads = 2 * N * F * C * 3  # a level's positions share the C features of their token
+    heads += 2 * N * C * teacher_dim * (1 if objective.levels == "fused" else 3)
+    if objective.auxiliary:
+        heads += 2 * (N * _block_per_token(config) + 2 * 2 * N * N * C) + 2 * N * C * teacher_dim
+    return backbone_flops(config, config.img_size, config.img_size).total + pyramid + heads
+
+
+@torch.no_grad()
+def teacher_flops(teacher: Teacher) -> int:
+    """Forward FLOPs of a teacher's tower for one image, counted by torch on tensors without data."""
+    tower = teacher.tower
+    state = {
+        name: tensor.to("meta") for name, tensor in chain(tower.named_parameters(), tower.named_buffers())
+    }
+    image = torch.empty(1, 3, teacher.input_size, teacher.input_size, dtype=teacher.dtype, device="meta")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        functional_call(tower, state, (image,))
+    return counter.get_total_flops()
+
+
+def _block_per_token(config: BackboneConfig) -> int:
+    """A main-stage block without its attention matrix, for one token."""
+    C, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    return 2 * (4 * C * C + (3 if config.family == "fast_itpn" else 2) * C * hidden)
