@@ -117,15 +117,19 @@ def status(
 ) -> None:
     """Every step of a recipe: done, running (progress, ETA), failed (why), to do, drifted.
 
+    Of training also losses, images/s, MFU, the newest checkpoint, the last events, where pictures and curves lie.
+
     [bold]Example[/]: itpn status demo --root runs/demo
     """
     module, config = _recipe(recipe, set_)
     uri = storage.join(root_of(root))
     statuses = doctors.survey(uri, recipe, topological(module.build(config)))
     console = console_of(as_json)
-    console.print(view.status_table(uri, statuses))
+    progress = view.begun(uri, statuses)
+    console.print(view.status_table(statuses, progress))
     if as_json:
-        view.print_json({"ok": True, "recipe": recipe, "root": uri, "steps": view.status_json(uri, statuses)})
+        steps = view.status_json(uri, statuses, progress)
+        view.print_json({"ok": True, "recipe": recipe, "root": uri, "steps": steps})
 
 
 @app.command()

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean
 from typing import Any
 
@@ -19,6 +20,9 @@ from cluster import storage
 from cluster.errors import ItpnError
 from pipeline.registry import ResultRow
 from pipeline.runner import State, StepStatus
+from stages.train.layout import checkpoint_steps
+
+_EVENTS = 5  # of a training step, that are shown
 
 _COLOURS = {
     State.TODO: "dim",
@@ -128,16 +132,49 @@ def plan_table(root: str, statuses: list[StepStatus]) -> Table:
     return table
 
 
-def status_table(root: str, statuses: list[StepStatus]) -> Table:
-    """State and progress of every step, as storage has it."""
+def begun(root: str, statuses: list[StepStatus]) -> dict[str, dict[str, Any]]:
+    """The progress objects of the steps that have one, by step id; of training with `checkpoint`, its newest step."""
+
+    def read(status: StepStatus) -> dict[str, Any] | None:
+        progress = read_progress(root, status)
+        if progress and progress.get("unit") == "steps":
+            progress["checkpoint"] = max(checkpoint_steps(status.step.output(root)), default=None)
+        return progress
+
+    with ThreadPoolExecutor(16) as pool:
+        found = zip(statuses, pool.map(read, statuses), strict=True)
+        return {status.step.id: progress for status, progress in found if progress}
+
+
+def status_table(statuses: list[StepStatus], progress: dict[str, dict[str, Any]]) -> Table:
+    """State and progress (what `begun` gave) of every step; below a training step what happened in it."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("step", "state", ""):
         table.add_column(heading, overflow="fold")
     for status in statuses:
-        progress = (read_progress(root, status) or {}) if status.state is State.RUNNING else {}
+        found = progress.get(status.step.id, {})
         state = Text(status.state.value, style=_COLOURS[status.state])
-        table.add_row(status.step.id, state, Text(_detail(status, progress)))
+        table.add_row(status.step.id, state, Text(_detail(status, found)))
+        for line in _watched(status, found):
+            table.add_row("", "", Text(line))
     return table
+
+
+def _watched(status: StepStatus, progress: dict[str, Any]) -> list[str]:
+    """Of a training step: newest checkpoint, last events, where pictures and curves lie."""
+    lines = []
+    if "checkpoint" in progress and status.state is not State.DONE:
+        step = progress["checkpoint"]
+        lines.append("no checkpoint yet" if step is None else f"newest checkpoint: step {step}")
+    for event in progress.get("events", [])[-_EVENTS:]:
+        facts = {key: value for key, value in event.items() if key not in ("event", "step")}
+        told = ", ".join(f"{k} {'; '.join(v[:3]) if isinstance(v, list) else v}" for k, v in facts.items())
+        lines.append(f"step {event['step']}: {event['event']}" + (f" ({told})" if told else ""))
+    if progress.get("picture"):
+        lines.append(f"newest picture: {progress['picture']}")
+    if progress.get("tensorboard"):
+        lines.append(f"curves: tensorboard --logdir {progress['tensorboard']}")
+    return lines
 
 
 def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType:
@@ -199,8 +236,10 @@ def rows_table(rows: list[ResultRow]) -> Table:
     return table
 
 
-def status_json(root: str, statuses: list[StepStatus]) -> list[dict[str, Any]]:
-    """The machine-readable form of the statuses."""
+def status_json(
+    root: str, statuses: list[StepStatus], progress: dict[str, dict[str, Any]] | None = None
+) -> list[dict[str, Any]]:
+    """The machine-readable form of the statuses, and of what `begun` gave."""
     return [
         {
             "step": s.step.id,
@@ -212,6 +251,7 @@ def status_json(root: str, statuses: list[StepStatus]) -> list[dict[str, Any]]:
             "note": s.note,
             "error": str(s.error) if s.error else None,
             "metrics": s.record.metrics if s.record else {},
+            **({"progress": progress.get(s.step.id)} if progress is not None else {}),
         }
         for s in statuses
     ]
@@ -235,12 +275,17 @@ def _detail(status: StepStatus, progress: dict[str, Any]) -> str:
         return status.note or "starting, or waiting for free CPUs and GPUs"
     eta = progress.get("eta_s")
     text = f"{progress['done']}/{progress['total']} {progress['unit']}"
-    return text + _metrics(progress.get("metrics", {})) + (f"  ETA {_clock(eta)}" if eta is not None else "")
+    return (
+        text
+        + _metrics(progress.get("metrics", {}), most=10)
+        + (f"  ETA {_clock(eta)}" if eta is not None else "")
+    )
 
 
-def _metrics(metrics: dict[str, Any]) -> str:
+def _metrics(metrics: dict[str, Any], most: int = 5) -> str:
     forms = {
         "images_per_s": "{:.0f} images/s",
+        "mfu": "MFU {:.0%}",
         "data_wait_share": "data wait {:.0%}",
         "epoch": "epoch {:.2f}",
     }
@@ -249,7 +294,7 @@ def _metrics(metrics: dict[str, Any]) -> str:
         for name, value in metrics.items()
         if isinstance(value, int | float)
     ]
-    return "".join("  " + item for item in shown[:5])
+    return "".join("  " + item for item in shown[:most])
 
 
 def _number(value: float | None, sign: str = "") -> str:

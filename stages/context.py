@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster import storage
 from cluster.executor import Executor, LocalExecutor
@@ -39,12 +40,14 @@ class StageContext:
 class Progress:
     """Publishes how far a stage has come to `out/progress.json`, for the live table and `itpn status`.
 
-    Overwrites one small object at most every `interval_s` seconds; never fails the work it reports on.
+    Overwrites one small object at most every `interval_s` seconds; never fails the work it reports on. `facts` are
+    further fields of that object (the last events, where pictures lie).
     """
 
     def __init__(self, out: str, *, total: int, unit: str, start: int = 0, interval_s: float = 1.0) -> None:
         self._uri = storage.join(out, "progress.json")
         self._total, self._unit, self._start = total, unit, start
+        self.facts: dict[str, Any] = {}
         self._interval_s = interval_s if "://" not in out or out.startswith("file:") else max(interval_s, 2.0)
         self._began = time.monotonic()
         self._written = 0.0
@@ -64,5 +67,6 @@ class Progress:
             "eta_s": (self._total - done) / speed if speed > 0 else None,
             "metrics": metrics,
             "at": time.time(),
+            **self.facts,
         }
         storage.write_telemetry(self._uri, payload)

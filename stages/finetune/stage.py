@@ -77,6 +77,7 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
     from stages.finetune.start import start_from
     from stages.finetune.task import ClassifyTask
     from stages.model import Classifier, layer_id, num_layers
+    from stages.model.flops import backbone_flops
     from stages.train.export import export_model
     from stages.train.feeds import open_training_data
     from stages.train.loop import Trainer
@@ -95,6 +96,8 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
             parameter.requires_grad_(name.startswith(("head.", "fc_norm.")))
     depths = config.backbone.depths
     start = spec["init"] and spec["init"]["sha256"]
+    size = config.backbone.img_size
+    flops = backbone_flops(config.backbone, size, size, dataset.num_classes)
     trainer = Trainer(
         task=ClassifyTask(config, module, dataset.num_classes, world.device),
         config=config,
@@ -108,6 +111,8 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
         code_version=spec["code_version"],
         layer_of=lambda name: layer_id(name, depths),
         layers=num_layers(depths),
+        # Forward and backward are three forward passes; a frozen backbone runs forward only.
+        flops_per_image=(3 if config.train == "all" else 1) * flops.total,
     )
     result = trainer.train()
     result["notes"] = notes + result["notes"]

@@ -66,6 +66,7 @@ def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[s
 
     from stages.data.order import Order
     from stages.model import MaskedFeatureModel, check_grids, layer_id, load_teacher, num_layers
+    from stages.model.flops import pretrain_flops, teacher_flops
     from stages.pretrain.task import MfmTask
     from stages.train.export import export_model
     from stages.train.feeds import open_training_data
@@ -93,6 +94,8 @@ def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[s
         code_version=spec["code_version"],
         layer_of=lambda name: layer_id(name, depths),
         layers=num_layers(depths),
+        flops_per_image=3 * pretrain_flops(config.backbone, config.objective, teacher.dim)
+        + teacher_flops(teacher),
     )
     result = trainer.train()
 

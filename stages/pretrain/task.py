@@ -36,15 +36,18 @@ class MfmTask:
 
     @torch.no_grad()
     def picture(self, model: Callable[..., Any], batch: Any) -> np.ndarray:
-        """Rows of up to 8 images: input, what the student sees, and the error of each token (bright is large)."""
+        """Rows of up to 8 images: input, what the student sees of it, its prediction, the teacher's target.
+
+        Features are shown as colours: the three main directions of the targets are red, green and blue, the same in
+        both rows, so that a good prediction has the target's colours.
+        """
         image01, mask_BN = self._augmented(batch)[:8], self._mask(batch)[:8]
         predict = self.module.predict(self._student(image01), mask_BN)
-        target_BND = self.teacher(image01)
+        target_BND = self.teacher(image01).float()
         head_BND = next(iter(predict.values())).float()
-        error_BN = (head_BND - target_BND).abs().mean(-1)
         scale = image01.shape[-1] // self.grid
-        tiles = [image01, image01 * (1 - _enlarge(mask_BN.float(), self.grid, scale))]
-        tiles.append(_enlarge(error_BN / error_BN.max(), self.grid, scale).expand_as(image01))
+        tiles = [image01, image01 * (1 - _enlarge(mask_BN[..., None].float(), self.grid, scale))]
+        tiles += [_enlarge(x, self.grid, scale) for x in _colours(head_BND, target_BND)]
         rows = torch.cat([torch.cat(list(tile), dim=2) for tile in tiles], dim=1)
         return (rows.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy()
 
@@ -73,7 +76,20 @@ class MfmTask:
         return torch.from_numpy(np.stack(masks)).to(self.device, non_blocking=True)
 
 
-def _enlarge(values_BN: Tensor, grid: int, scale: int) -> Tensor:
-    """One value per token → (B, 1, grid*scale, grid*scale)."""
-    square = values_BN.view(-1, 1, grid, grid)
+def _colours(x_BND: Tensor, target_BND: Tensor) -> tuple[Tensor, Tensor]:
+    """Both projected on the targets' first three principal components (B, N, 3); the targets fill [0, 1]."""
+    flat = target_BND.flatten(0, 1)
+    mean = flat.mean(0)
+    # The same signs in every picture: each direction points to where most of its features are positive.
+    basis_D3 = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T
+    basis_D3 = basis_D3 * basis_D3.sum(0).sign()
+    shown = (flat - mean) @ basis_D3
+    low, high = shown.amin(0), shown.amax(0)
+    colours = [(((y - mean) @ basis_D3 - low) / (high - low)).clamp(0, 1) for y in (x_BND, target_BND)]
+    return colours[0], colours[1]
+
+
+def _enlarge(values_BNK: Tensor, grid: int, scale: int) -> Tensor:
+    """K values per token → (B, K, grid*scale, grid*scale)."""
+    square = values_BNK.transpose(1, 2).reshape(len(values_BNK), -1, grid, grid)
     return nn.functional.interpolate(square, scale_factor=scale, mode="nearest")

@@ -1,16 +1,14 @@
 """Checkpoints of a run: written in the background, committed by a manifest, verified when read.
 
-    out/checkpoints/<step:09d>.json             the manifest, created exclusively and last: the commit mark
-    out/checkpoints/files/<step>-<attempt>/…    what the ranks wrote (stages/train/state.py)
-    out/metrics/<step>-<attempt>.jsonl          the metrics since the checkpoint before
-
-Files without a manifest do not exist to anybody. Every rank uploads its own files in a thread; the
-loop learns through its per-step reduction when all are there, and rank 0 commits.
+Where they lie stands in stages/train/layout.py. Files without a manifest do not exist to anybody. Every rank
+uploads its own files in a thread; the loop learns through its per-step reduction when all are there, and
+rank 0 commits.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -29,6 +27,7 @@ from cluster.errors import AlreadyExists, DataInvalid, DriftError, ItpnError, St
 from stages.artifacts import FileInfo
 from stages.train import state
 from stages.train.config import CheckpointConfig
+from stages.train.layout import CHECKPOINTS, METRICS, checkpoint_steps, manifest_uri
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -58,6 +57,7 @@ class Checkpoints:
     _upload: Future[list[FileInfo]] | None = None
     _commit: Future[None] | None = None
     _header: dict[str, Any] = field(default_factory=dict)
+    _means: dict[int, dict[str, float]] = field(default_factory=dict)  # of committed checkpoints, by step
 
     def __post_init__(self) -> None:
         self._local = Path(tempfile.mkdtemp(prefix="itpn-checkpoint-", dir=self.config.local_dir))
@@ -65,12 +65,22 @@ class Checkpoints:
     # Writing
 
     def begin(
-        self, step: int, files: dict[str, dict[str, Tensor]], header: dict[str, Any], metrics: Path | None
+        self,
+        step: int,
+        files: dict[str, dict[str, Tensor]],
+        header: dict[str, Any],
+        extra: dict[str, Path],
     ) -> None:
-        """Start to write a snapshot; at most one is under way, so a second one waits for the first."""
+        """Start to write a snapshot; at most one is under way, so a second one waits for the first.
+
+        Args:
+            files: what `state.snapshot` gave.
+            header: goes into the manifest; `means` in it decide which checkpoints are best.
+            extra: local files that are stored beside, by their paths below `out`, and removed (metrics).
+        """
         assert self._upload is None, "finish() the checkpoint under way first"
         self._header = {"step": step, **header}
-        self._upload = self._pool.submit(self._write, step, files, metrics)
+        self._upload = self._pool.submit(self._write, step, files, extra)
         if not self.config.background:
             self._wait(self._upload)
 
@@ -101,7 +111,7 @@ class Checkpoints:
             if isinstance(part, BaseException):
                 raise _write_failed(self._header["step"], rank, part)
         infos = [info for part in parts for info in part]
-        self.segments = [*self.segments, *(i.model_dump() for i in infos if i.path.startswith("metrics/"))]
+        self.segments = [*self.segments, *(i.model_dump() for i in infos if i.path.startswith(f"{METRICS}/"))]
         if self.world.rank == 0:
             self._settle_commit()
             manifest = self._manifest(infos)
@@ -122,16 +132,18 @@ class Checkpoints:
         self._pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._local, ignore_errors=True)
 
-    def _write(self, step: int, files: dict[str, dict[str, Tensor]], metrics: Path | None) -> list[FileInfo]:
+    def _write(
+        self, step: int, files: dict[str, dict[str, Tensor]], extra: dict[str, Path]
+    ) -> list[FileInfo]:
         folder = self._local / f"{step:09d}"
         infos = []
         try:
             for path in state.write_files(files, folder):
-                relative = f"checkpoints/files/{step:09d}-{self.attempt}/{path.name}"
+                relative = f"{CHECKPOINTS}/files/{step:09d}-{self.attempt}/{path.name}"
                 infos.append(self._put(path, relative))
-            if metrics is not None:
-                infos.append(self._put(metrics, f"metrics/{step:09d}-{self.attempt}.jsonl"))
-                metrics.unlink(missing_ok=True)
+            for relative, path in extra.items():
+                infos.append(self._put(path, relative))
+                path.unlink(missing_ok=True)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return infos
@@ -147,7 +159,7 @@ class Checkpoints:
             "world_size": self.world.world_size,
             "attempt": self.attempt,
             "identity": self.identity,
-            "files": [info.model_dump() for info in infos if info.path.startswith("checkpoints/")],
+            "files": [info.model_dump() for info in infos if info.path.startswith(f"{CHECKPOINTS}/")],
             "metrics": self.segments,
             "created_at": time.time(),
         }
@@ -161,19 +173,35 @@ class Checkpoints:
             if storage.read_json(uri)["identity"] != self.identity:
                 raise
             log.warning("step %d was committed by an attempt before this one", manifest["step"])
-        self._forget_old(manifest["step"])
+        try:
+            self._forget_old(manifest)
+        except ItpnError as error:  # too many checkpoints are no reason to stop
+            log.warning("old checkpoints were not deleted: %s", error.message)
 
-    def _forget_old(self, newest: int) -> None:
+    def _forget_old(self, newest: dict[str, Any]) -> None:
         """Delete what retention does not keep; the manifest goes first, so that no half is ever listed."""
-        steps = [step for step in self.steps() if step <= newest]
-        every = self.config.keep_every_steps
-        for step in steps[: -self.config.keep_last]:
-            if every and step % every == 0:
-                continue
-            manifest = storage.read_json(manifest_uri(self.out, step))
-            storage.delete(manifest_uri(self.out, step))
-            for info in manifest["files"]:
-                storage.delete(storage.join(self.out, info["path"]))
+        self._means[newest["step"]] = newest["means"]
+        steps = [step for step in self.steps() if step <= newest["step"]]
+        keep = self._kept(steps)
+        for step in steps:
+            if step not in keep:
+                manifest = self.read(step)
+                storage.delete(manifest_uri(self.out, step))
+                for info in manifest["files"]:
+                    storage.delete(storage.join(self.out, info["path"]))
+
+    def _kept(self, steps: list[int]) -> set[int]:
+        """Those of the committed steps that retention keeps; the last, which a resumed run needs, always."""
+        every, best = self.config.keep_every_steps, self.config.keep_best
+        keep = set(steps[-self.config.keep_last :]) | {s for s in steps if every and s % every == 0}
+        if best:
+            for step in steps:
+                if step not in self._means:  # committed by an attempt before this one
+                    self._means[step] = self.read(step)["means"]
+            by = self.config.best_by
+            ranked = sorted((self._means[step].get(by, math.inf), step) for step in steps)
+            keep |= {step for _, step in ranked[:best]}
+        return keep
 
     def _settle_commit(self) -> None:
         if self._commit is not None:
@@ -191,11 +219,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all committed checkpoints, oldest first."""
-        names = (
-            info.uri.rsplit("/", 1)[1] for info in storage.list_files(storage.join(self.out, "checkpoints"))
-        )
-        found = (name.removesuffix(".json") for name in names if name.endswith(".json"))
-        return sorted({int(name) for name in found if len(name) == 9 and name.isdigit()})
+        return checkpoint_steps(self.out)
 
     def restore_newest(self, fill: Load, activate: Load) -> dict[str, Any] | None:
         """*Collective.* Load the newest checkpoint that can be read in full, and return its manifest.
@@ -228,14 +252,14 @@ class Checkpoints:
             raise DataInvalid(
                 "no checkpoint of this run can be read",
                 found=damage[0],
-                remedy=f"look at {storage.join(self.out, 'checkpoints', 'damaged')}, or start a new version",
+                remedy=f"look at {storage.join(self.out, CHECKPOINTS, 'damaged')}, or start a new version",
             )
         return None
 
     def _set_aside(self, manifest: dict[str, Any], damage: list[str]) -> None:
         name = f"{manifest['step']:09d}-{manifest['attempt']}.json"
         note = storage.canonical_json({**manifest, "damage": damage})
-        storage.overwrite(storage.join(self.out, "checkpoints", "damaged", name), note)
+        storage.overwrite(storage.join(self.out, CHECKPOINTS, "damaged", name), note)
         storage.delete(manifest_uri(self.out, manifest["step"]))
 
     def read(self, step: int) -> dict[str, Any]:
@@ -251,11 +275,6 @@ class Checkpoints:
                 found="; ".join(f"{key} = {new!r}" for key, _, new in changed),
                 remedy="undo the change, or give the step a new version",
             )
-
-
-def manifest_uri(out: str, step: int) -> str:
-    """Where the manifest of one step lies."""
-    return storage.join(out, "checkpoints", f"{step:09d}.json")
 
 
 def opener(out: str, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:

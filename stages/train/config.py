@@ -58,15 +58,23 @@ class EngineConfig(Config):
     )  # ZeRO-3 keeps parameters below this whole on every rank
     bucket_mb: float = not_identity(100.0, gt=0)  # size of one gradient reduction
     timeout_s: float = not_identity(600.0, gt=0)  # limit on every collective
+    # Dense peak of one device, for MFU; None takes that of well-known ones (stages/train/mfu.py).
+    peak_tflops: float | None = not_identity(None, gt=0)
 
 
 class CheckpointConfig(Config):
-    """When to save, and what to keep. Nothing here is identity."""
+    """When to save, and what to keep. Nothing here is identity.
 
-    save_every_steps: int | None = not_identity(None, gt=0)  # None: once per epoch
+    Saves are made every so many steps, minutes, or both; with neither, once per epoch. The last `keep_last` are kept,
+    all at multiples of `keep_every_steps`, and the `keep_best` with the lowest running mean of the metric `best_by`.
+    """
+
+    save_every_steps: int | None = not_identity(None, gt=0)
     save_every_minutes: float | None = not_identity(None, gt=0)
     keep_last: int = not_identity(2, ge=1)
-    keep_every_steps: int | None = not_identity(None, gt=0)  # multiples of this are kept for ever
+    keep_every_steps: int | None = not_identity(None, gt=0)
+    keep_best: int = not_identity(0, ge=0)
+    best_by: str = not_identity("loss")  # a name of the losses in the metrics
     background: bool = not_identity(True)
     local_dir: str | None = not_identity(
         None
@@ -93,7 +101,7 @@ class WatchConfig(Config):
 
     log_every_steps: int = not_identity(1, ge=1)
     picture_every_steps: int = not_identity(0, ge=0)  # 0: never
-    tensorboard_dir: str | None = not_identity(None)
+    tensorboard: bool = not_identity(False)  # event files go to <output>/tensorboard with every save
 
 
 class LoopConfig(Config):

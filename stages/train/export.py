@@ -14,7 +14,8 @@ from cluster.errors import DataInvalid
 from stages.artifacts import FileInfo
 from stages.model import save_model
 from stages.train import state
-from stages.train.checkpoint import manifest_uri, opener
+from stages.train.checkpoint import opener
+from stages.train.layout import manifest_uri
 
 
 def export_model(

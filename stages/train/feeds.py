@@ -8,7 +8,7 @@ from stages.data.dataset import ShardDataset
 from stages.data.feed import TrainFeed
 from stages.data.order import Order
 from stages.train.config import LoopConfig
-from stages.train.loop import MakeFeed
+from stages.train.task import MakeFeed
 
 
 def open_training_data(

@@ -8,76 +8,35 @@ from __future__ import annotations
 
 import logging
 import random
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError, Stopped, TrainingDiverged
+from stages.config import nearest
 from stages.train import state
 from stages.train.checkpoint import Checkpoints
 from stages.train.config import LoopConfig
 from stages.train.engine import Engine
 from stages.train.guards import Guard
 from stages.train.launch import source_digest
-from stages.train.metrics import Clock, LiveView, MetricsWriter, TensorBoardSink, peak_memory_bytes
+from stages.train.metrics import Clock, Smoothed, Speed
+from stages.train.mfu import peak_flops
 from stages.train.optim import parameter_groups
 from stages.train.schedule import Schedule, make_schedule
+from stages.train.task import Feed, MakeFeed, Task
+from stages.train.watch import Watch
 
 log = logging.getLogger(__name__)
-
-
-class Batch(Protocol):
-    """A rank's part of one global batch (`stages.data.feed.Batch`)."""
-
-    images: Tensor  # uint8 (B, H, W, 3)
-    labels: Tensor  # int64 (B,)
-    sample_ids: Tensor  # int64 (B,)
-    epoch: int
-    step: int
-    replaced: int
-    bad: tuple[tuple[int, str, str], ...]  # (sample id, key, reason) of what was replaced
-
-    def split(self, parts: int) -> Iterator[Any]: ...
-
-
-class Feed(Protocol):
-    """Yields one Batch per global step, from the cursor it was made with."""
-
-    wait_s: float
-
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def close(self) -> None: ...
-
-
-class Task(Protocol):
-    """What is trained: a module and its losses."""
-
-    @property
-    def module(self) -> nn.Module:
-        """fp32, on the CPU, equal on all ranks."""
-        ...
-
-    def losses(self, model: Callable[..., Any], batch: Any, step: int) -> dict[str, Tensor]:
-        """Scalars of one micro-batch: `loss` (fp32, with gradient) and one per head. `model` runs the module."""
-        ...
-
-    def picture(self, model: Callable[..., Any], batch: Any) -> Any | None:
-        """An image (uint8 HWC array) that shows what the model does with `batch`, or None."""
-        ...
-
-
-MakeFeed = Callable[[tuple[int, int], int], Feed]  # cursor (epoch, step in it), and the run's last step + 1
 
 
 @dataclass(kw_only=True)
@@ -92,6 +51,7 @@ class Trainer:
         identity: identity of the whole stage config, for drift; `data_fingerprint` and the code must
             be equal on all ranks.
         layer_of, layers: for layer decay (stages/train/optim.py).
+        flops_per_image: of a training step, the teacher's among them, for one image; without it no MFU is told.
     """
 
     task: Task
@@ -106,11 +66,13 @@ class Trainer:
     code_version: str = "unknown"
     layer_of: Callable[[str], int] | None = None
     layers: int = 0
+    flops_per_image: float | None = None
     step: int = 0
     replaced: int = 0
     notes: list[str] = field(default_factory=list)
     _have_checkpoint: bool = False
     _heads: list[str] = field(default_factory=list)
+    _events: list[dict[str, Any]] = field(default_factory=list)  # of the tries before
 
     def train(self) -> dict[str, Any]:
         """Train from the newest checkpoint, or the start, to the end of the schedule; returns a JSON-ready summary.
@@ -132,7 +94,7 @@ class Trainer:
                 remedy="change the number of ranks; the batch is part of the run's identity",
             )
         self.schedule: Schedule = make_schedule(config.schedule, config.optimiser.lr, self.steps_per_epoch)
-        self.guard = Guard(config.guard)
+        self.guard, self.smoothed = Guard(config.guard), Smoothed()
         with ExitStack() as stack:
             stack.enter_context(distributed.StopOnSignal())
             shapes = {n: p.shape for n, p in self.task.module.named_parameters() if p.requires_grad}
@@ -152,24 +114,16 @@ class Trainer:
             stack.callback(self.checkpoints.close)
             self._seed_generators()
             self._resume()
-            self.writer = MetricsWriter(config.checkpoint.local_dir) if world.rank == 0 else None
-            if self.writer:
-                stack.callback(self.writer.close)
-            self.sink: TensorBoardSink | None = None
-            if world.rank == 0 and config.watch.tensorboard_dir:
-                self.sink = TensorBoardSink(config.watch.tensorboard_dir)
-                stack.callback(self.sink.close)
-            self.view = (
-                LiveView(self.out, total=self.schedule.total_steps, start=self.step)
-                if world.rank == 0
-                else None
-            )
-            if self.view:
-                stack.callback(self.view.close)
+            peak = peak_flops(config.engine, world)
+            self.speed = Speed(config.global_batch, self.flops_per_image, peak)
+            self.watch = self._open_watch()
+            if self.watch:
+                stack.callback(self.watch.close)
             began, first = time.monotonic(), self.step
             if self.step < self.schedule.total_steps:
                 self._steps()
             seconds = time.monotonic() - began
+            whole = self.speed.of(self.step - first, seconds, 0.0)
             return {
                 "step": self.step,
                 "optimiser_steps": self.engine.optimiser_steps(),
@@ -177,9 +131,8 @@ class Trainer:
                 "replaced": self.replaced,
                 "notes": self.notes,
                 "metrics": self.checkpoints.segments,
-                "images_per_s": (self.step - first) * config.global_batch / seconds
-                if self.step > first
-                else 0.0,
+                "images_per_s": whole["images_per_s"],
+                "mfu": whole.get("mfu"),
                 "seconds": seconds,
                 "loss": self.guard.recent[-1] if self.guard.recent else None,
                 "stalled_s": self.checkpoints.stalled_s,
@@ -192,6 +145,8 @@ class Trainer:
         if result["replaced"]:
             notes.append(f"{result['replaced']} samples could not be decoded and gave way to others")
         headline = {"images_per_s": result["images_per_s"], "train_seconds": result["seconds"]}
+        if result["mfu"]:
+            headline["mfu"] = result["mfu"]
         if result["loss"] is not None:
             headline["train_loss"] = result["loss"]
         return {"optimiser_steps": result["optimiser_steps"], "notes": notes, "headline": headline}
@@ -209,9 +164,9 @@ class Trainer:
                     )
         except TrainingDiverged:  # on all ranks at once; the events must outlive the run
             self.checkpoints.drain()
-            if self.writer:
-                name = f"{self.step:09d}-{self.attempt}-diverged.jsonl"
-                storage.upload_file(self.writer.cut(), storage.join(self.out, "metrics", name))
+            if self.watch:
+                for path, local in self.watch.cut(f"{self.step:09d}-{self.attempt}-diverged").items():
+                    storage.upload_file(local, storage.join(self.out, path))
             raise
         finally:
             feed.close()
@@ -243,8 +198,11 @@ class Trainer:
             self._event("fp16 overflow: loss scale lowered", loss_scale=engine.scalars().get("cur_scale"))
         else:
             self._judge(means["loss"], reason)
-        took, wait_share = clock.lap(feed.wait_s)
-        self._report(lr, means, result.grad_norm, result.applied, took, wait_share)
+        lap = clock.lap(feed.wait_s)
+        if result.applied:
+            self.smoothed.add(means)
+        if self.watch:
+            self.watch.step(self.step, means, lap, applied=result.applied, lr=lr, grad_norm=result.grad_norm)
         every = self.config.watch.picture_every_steps
         if every and self.step % every == 0:
             self._picture(batch)
@@ -254,7 +212,9 @@ class Trainer:
 
     def _agree(self, sums: dict[str, Tensor], batch: Any) -> tuple[dict[str, float], dict[str, float]]:
         """One small all-reduce per step: mean losses, and everything the ranks must decide alike."""
-        self._heads = self._heads or sorted(sums)
+        if not self._heads:
+            self._heads = sorted(sums)
+            self._check_best_by()
         minutes = self.config.checkpoint.save_every_minutes
         mine = {
             "bad_ranks": float(not bool(torch.isfinite(sums["loss"]))),
@@ -270,6 +230,16 @@ class Trainer:
         facts = dict(zip(mine, total, strict=False))
         means = [value / self.world.world_size for value in total[len(mine) :]]
         return facts, dict(zip(self._heads, means, strict=True))
+
+    def _check_best_by(self) -> None:
+        config = self.config.checkpoint
+        if config.keep_best and config.best_by not in self._heads:
+            raise ConfigError(
+                f"checkpoint.best_by: there is no loss '{config.best_by}'",
+                expected=", ".join(self._heads),
+                found=config.best_by,
+                remedy=nearest(config.best_by, self._heads),
+            )
 
     def _judge(self, loss: float, reason: str | None) -> None:
         if reason is not None:
@@ -290,9 +260,9 @@ class Trainer:
         points, config = self.checkpoints, self.config.checkpoint
         if facts["failed"] or (points.in_flight and facts["uploaded"] == self.world.world_size):
             points.drain() if facts["failed"] else points.finish()
-        every = config.save_every_steps or self.steps_per_epoch
+        every = config.save_every_steps or (None if config.save_every_minutes else self.steps_per_epoch)
         last = self.step == self.schedule.total_steps
-        if not (stop or last or facts["save"] or self.step % every == 0):
+        if not (stop or last or facts["save"] or (every and self.step % every == 0)):
             return
         points.finish()
         began = time.monotonic()
@@ -306,9 +276,12 @@ class Trainer:
             "guard": self.guard.state(),
             "replaced": self.replaced,
             "notes": list(self.notes),
+            "smoothed": {"weight": self.smoothed.weight, "sums": self.smoothed.sums},
+            "means": self.smoothed.means(),
+            "events": list(self.watch.events) if self.watch else [],
         }
-        segment = self.writer.cut() if self.writer else None
-        points.begin(self.step, files, header, segment)
+        extra = self.watch.cut(f"{self.step:09d}-{self.attempt}") if self.watch else {}
+        points.begin(self.step, files, header, extra)
         points.stalled_s += time.monotonic() - began
         self._have_checkpoint = True
         self._saved_at = time.monotonic()
@@ -322,6 +295,7 @@ class Trainer:
         self.step, self._have_checkpoint = manifest["step"], True
         self.guard.load(manifest["guard"])
         self.replaced, self.notes = manifest["replaced"], list(manifest["notes"])
+        self.smoothed, self._events = Smoothed(**manifest["smoothed"]), manifest["events"]
         self.checkpoints.segments = list(manifest["metrics"])
         log.info("resuming at step %d", self.step)
 
@@ -345,65 +319,38 @@ class Trainer:
         random.seed(seed)
         np.random.seed(seed)
 
-    def _report(
-        self,
-        lr: float,
-        means: dict[str, float],
-        grad_norm: float,
-        applied: bool,
-        took: float,
-        wait_share: float,
-    ) -> None:
-        if self.writer is None or self.view is None:
-            return
-        images_per_s = self.config.global_batch / took
-        values = {
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "images_per_s": images_per_s,
-            "data_wait_share": wait_share,
-        }
-        last = self.step == self.schedule.total_steps
-        if last or self.step % self.config.watch.log_every_steps == 0:
-            memory = peak_memory_bytes(self.world.device)
-            epoch = (self.step - 1) // self.steps_per_epoch
-            self.writer.write(
-                {
-                    "step": self.step,
-                    "epoch": epoch,
-                    **means,
-                    **values,
-                    "memory_bytes": memory,
-                    "applied": applied,
-                }
-            )
-            if self.sink:
-                self.sink.scalars(self.step, means | values)
-        self.view.update(
-            self.step,
-            state="done" if last else "running",
-            images_per_s=images_per_s,
-            data_wait_share=wait_share,
-            epoch=self.step / self.steps_per_epoch,
-            **means,
+    def _open_watch(self) -> Watch | None:
+        if self.world.rank != 0:
+            return None
+        config = self.config
+        return Watch(
+            config,
+            out=self.out,
+            attempt=self.attempt,
+            start=self.step,
+            total=self.schedule.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            speed=self.speed,
+            device=self.world.device,
+            events=self._events,
         )
 
     def _event(self, event: str, **facts: Any) -> None:
-        if self.writer:
-            self.writer.write({"event": event, "step": self.step, **facts})
+        if self.watch:
+            self.watch.event(event, self.step, **facts)
 
     def _picture(self, batch: Any) -> None:
-        image = self.task.picture(self.engine.model, batch)  # on all ranks: ZeRO-3 gathers weights on the way
-        if image is None or self.world.rank != 0:
-            return
-        from PIL import Image
-
-        name = f"{self.step:09d}-{self.attempt}.png"
-        with tempfile.TemporaryDirectory(prefix="itpn-", dir=self.config.checkpoint.local_dir) as folder:
-            Image.fromarray(image).save(Path(folder) / name)
-            storage.upload_file(Path(folder) / name, storage.join(self.out, "pictures", name))
-        if self.sink:
-            self.sink.image(self.step, "picture", image)
+        """On all ranks: ZeRO-3 gathers weights on the way. Leaves no trace in the run: pictures are no identity."""
+        module = self.task.module
+        devices = [self.world.device] if self.world.device.startswith("cuda") else []
+        with torch.random.fork_rng(devices=devices):
+            module.eval()
+            try:
+                image = self.task.picture(self.engine.model, batch)
+            finally:
+                module.train()
+        if image is not None and self.watch:
+            self.watch.picture(self.step, image)
 
 
 def _names(manifest: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""What a run tells about itself: JSON lines that become files beside the checkpoint, and the live view.
+"""What is measured while training runs: JSON lines, event files for TensorBoard, times, means.
 
-Only rank 0 writes. A line is `{"step": …, "loss": …, …}` or `{"event": …, "step": …, …}`. Lines are cut into
+A line is `{"step": …, "loss": …, …}` or `{"event": …, "step": …, …}`. Lines and event files are cut into
 segments at every checkpoint and stored with it, so that after a resume the history has no gap and no double.
 """
 
@@ -11,14 +11,17 @@ import math
 import resource
 import shutil
 import tempfile
-import threading
 import time
+from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stages.context import Progress
+from cluster.errors import ConfigError
+
+SMOOTHING = 0.98  # about the last 50 steps
 
 
 class MetricsWriter:
@@ -31,7 +34,7 @@ class MetricsWriter:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line; what JSON cannot say (NaN, infinities) is written as text."""
-        self._file.write(json.dumps({key: _plain(value) for key, value in line.items()}) + "\n")
+        self._file.write(json.dumps({key: plain(value) for key, value in line.items()}) + "\n")
 
     def cut(self) -> Path:
         """Close the current segment, start the next, and give the closed one's path."""
@@ -51,57 +54,71 @@ class MetricsWriter:
         self._file = open(self._path, "w", buffering=1)  # noqa: SIM115 (closed by cut and close)
 
 
-class LiveView:
-    """Publishes progress from a thread of its own: the object store's latency must not stall the loop."""
+class TensorBoardWriter:
+    """Scalars and pictures for TensorBoard (extra `tensorboard`), in event files that are handed over like the lines.
 
-    def __init__(self, out: str, *, total: int, start: int) -> None:
-        self._progress = Progress(out, total=total, unit="steps", start=start)
-        self._latest: tuple[int, str, dict[str, float]] | None = None
-        self._wake = threading.Event()
-        self._ended = False
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        self._thread.start()
+    Their names sort by time, as TensorBoard reads them. The first file of an attempt tells it to forget what an
+    attempt before wrote from step `start` + 1 on.
+    """
 
-    def update(self, done: int, *, state: str = "running", **metrics: float) -> None:
-        """Note the newest state; it is published when its turn comes."""
-        self._latest = (done, state, metrics)
-        self._wake.set()
-
-    def close(self) -> None:
-        """Publish the last state and end the thread."""
-        self._ended = True
-        self._wake.set()
-        self._thread.join(timeout=30)
-
-    def _run(self) -> None:
-        while not self._ended:
-            self._wake.wait()
-            self._wake.clear()
-            latest, ended = self._latest, self._ended
-            if latest is not None:
-                done, state, metrics = latest
-                self._progress.update(done, state=state, force=ended, **metrics)
-
-
-class TensorBoardSink:
-    """Scalars for TensorBoard (extra `tensorboard`)."""
-
-    def __init__(self, folder: str) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(folder)
+    def __init__(self, local_dir: str | None, *, start: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "watch.tensorboard is on, but tensorboard is not installed",
+                remedy="pip install 'itpn-pipeline[tensorboard]', or set watch.tensorboard=false",
+            ) from None
+        self._make = SummaryWriter
+        self._folder = Path(tempfile.mkdtemp(prefix="itpn-tensorboard-", dir=local_dir))
+        self._number = 0
+        self._open(purge_step=start + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add what is finite under `train/`."""
         for name, value in values.items():
             if math.isfinite(value):
                 self._writer.add_scalar(f"train/{name}", value, step)
 
-    def image(self, step: int, name: str, image_HWC: Any) -> None:
-        """A picture (uint8, height x width x 3)."""
-        self._writer.add_image(name, image_HWC, step, dataformats="HWC")
+    def picture(self, step: int, image_HWC: Any) -> None:
+        """Add a picture (uint8, height x width x 3)."""
+        self._writer.add_image("picture", image_HWC, step, dataformats="HWC")
+
+    def cut(self) -> Path:
+        """Close the current event file, start the next, and give the closed one's path."""
+        self._writer.close()
+        [path] = self._segment.iterdir()
+        self._number += 1
+        self._open()
+        return path
 
     def close(self) -> None:
+        """Remove what is left on the local disk."""
         self._writer.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open(self, purge_step: int | None = None) -> None:
+        self._segment = self._folder / f"{self._number:06d}"
+        self._writer = self._make(str(self._segment), purge_step=purge_step)
+
+
+@dataclass
+class Smoothed:
+    """Running means of what the steps gave, the last about 50 weighing most; equal on all ranks."""
+
+    weight: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take in one step's values; a step with one that is not finite is left out."""
+        if all(math.isfinite(value) for value in values.values()):
+            self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+            for name, value in values.items():
+                self.sums[name] = SMOOTHING * self.sums.get(name, 0.0) + (1 - SMOOTHING) * value
+
+    def means(self) -> dict[str, float]:
+        """The mean of every value; empty before the first step."""
+        return {name: value / self.weight for name, value in self.sums.items()}
 
 
 class Clock:
@@ -111,11 +128,45 @@ class Clock:
         self._last, self._last_wait = time.perf_counter(), 0.0
 
     def lap(self, waited_s: float) -> tuple[float, float]:
-        """Seconds since the last lap, and the share of them that the growing total `waited_s` took."""
+        """Seconds since the last lap, and those of them that the growing total `waited_s` took."""
         now = time.perf_counter()
         took, waited = now - self._last, waited_s - self._last_wait
         self._last, self._last_wait = now, waited_s
-        return took, min(waited / took, 1.0) if took > 0 else 0.0
+        return took, min(waited, took)
+
+
+@dataclass
+class Speed:
+    """images/s, MFU and the share of waiting for data, over the last steps.
+
+    Args:
+        batch: images of a step, over all ranks.
+        flops_per_image: of a step, for one image; None when nobody counted them.
+        peak: FLOP/s of all devices together; None when unknown. Without either there is no MFU.
+    """
+
+    batch: int
+    flops_per_image: float | None
+    peak: float | None
+    laps: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=20))
+
+    def of(self, steps: int, took: float, waited: float) -> dict[str, float]:
+        """The figures of so many steps, which took and waited so many seconds in all."""
+        images_per_s = steps * self.batch / max(took, 1e-9)
+        found = {"images_per_s": images_per_s}
+        if self.flops_per_image and self.peak:
+            found["mfu"] = images_per_s * self.flops_per_image / self.peak
+        return found | {"data_wait_share": waited / max(took, 1e-9)}
+
+    def lap(self, took_s: float, waited_s: float) -> dict[str, float]:
+        """The figures of the step that took that long."""
+        self.laps.append((took_s, waited_s))
+        return self.of(1, took_s, waited_s)
+
+    def recent(self) -> dict[str, float]:
+        """The figures of the last 20 steps together."""
+        took, waited = (sum(column) for column in zip(*self.laps, strict=True))
+        return self.of(len(self.laps), took, waited)
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -125,7 +176,8 @@ def peak_memory_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON can say it: a float that is not finite becomes text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value

@@ -20,7 +20,7 @@ def save(out: Path, attempt: str, identity: dict[str, Any]) -> None:
     checkpoints = Checkpoints(str(out), attempt, ALONE, CheckpointConfig(background=False), identity)
     files = {"rank-00000.safetensors": {"weight": torch.arange(3.0)}}
     try:
-        checkpoints.begin(5, files, {"cursor": [0, 5]}, None)
+        checkpoints.begin(5, files, {"means": {}}, {})
         checkpoints.finish()
         checkpoints.drain()
         assert checkpoints.steps() == [5]

@@ -20,6 +20,7 @@ BASE: dict[str, Any] = {
     "optimiser": {"lr": 0.01},
     "checkpoint": {"save_every_steps": 4},
 }
+KEPT = {"save_every_steps": 2, "keep_last": 1, "keep_every_steps": 6, "keep_best": 1, "best_by": "loss_head"}
 
 
 def scenarios(root: Path) -> dict[str, dict[str, Any]]:
@@ -49,6 +50,10 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "disk full": {"disk_full_at": 5, "loop": loop()},
         "other data": {"data": ["one", "another"], "loop": loop()},
         "odd batch": {"loop": loop(global_batch=7)},
+        "minutes": {"late_at": [2, 5], "loop": loop(checkpoint={"save_every_minutes": 1000, "keep_last": 9})},
+        # From step 8 on the losses are a hundred times as large, so the best save is among those before.
+        "kept": {"spike_at": [8, 9, 10, 11], "loop": loop(schedule={"steps": 12}, checkpoint=KEPT)},
+        "no such loss": {"loop": loop(checkpoint={"keep_best": 1, "best_by": "loss_haed"})},
     }
     for name, spec in specs.items():
         spec |= {
@@ -131,8 +136,8 @@ def test_bad_value_on_one_rank_is_applied_on_none(ran, name):
     result = ran[1][name][0]
     assert result["step"] == 8 and result["optimiser_steps"] == 7
     assert [event["event"] for event in result["events"]] == ["step not applied"]
-    steps = [json.loads(line) for line in _metrics(ran[0] / name, result)]
-    assert [line["applied"] for line in steps if "loss" in line] == [True] * 3 + [False] + [True] * 4
+    steps = _lines(ran[0] / name, result)
+    assert [line["applied"] for line in steps] == [True] * 3 + [False] + [True] * 4
 
 
 def test_bad_steps_in_a_row_roll_back_and_the_run_goes_on_past_them(ran):
@@ -187,6 +192,46 @@ def test_only_the_last_checkpoints_are_kept_and_nothing_of_the_others(ran):
     kept = sorted(path.stem for path in folder.glob("*.json"))
     assert kept == ["000000025", "000000030"]
     assert sorted({path.parent.name[:9] for path in folder.glob("files/*/*")}) == kept
+
+
+def test_best_checkpoint_and_every_nth_are_kept_beside_the_last(ran):
+    heads = [line["loss_head"] for line in _lines(ran[0] / "kept", ran[1]["kept"][0])]
+    smoothed, weight, means = 0.0, 0.0, []
+    for value in heads:
+        smoothed, weight = 0.98 * smoothed + 0.02 * value, 0.98 * weight + 0.02
+        means.append(smoothed / weight)
+    best = min(range(2, 13, 2), key=lambda step: means[step - 1])
+    assert best not in (6, 12)
+    folder = ran[0] / "kept" / "checkpoints"
+    assert sorted(int(path.stem) for path in folder.glob("*.json")) == sorted({6, 12, best})
+    assert {int(path.parent.name[:9]) for path in folder.glob("files/*/*")} == {6, 12, best}
+
+
+def test_minutes_on_one_ranks_clock_save_on_all(ran):
+    root, results = ran
+    assert {result["step"] for result in results["minutes"]} == {8}
+    saved = sorted((root / "minutes" / "checkpoints").glob("*.json"))
+    # Only the second rank's clock was put forward, in steps 3 and 6; the last step is saved in any case.
+    assert [int(path.stem) for path in saved] == [3, 6, 8]
+    assert all(len(storage.read_json(str(path))["files"]) == 3 for path in saved)  # two ranks, and common
+
+
+def test_unknown_loss_to_judge_checkpoints_by_is_refused(ran):
+    for result in ran[1]["no such loss"]:
+        assert result["error"] == "ConfigError" and "did you mean 'loss_head'" in result["message"]
+
+
+def test_events_are_in_the_progress_that_status_reads(ran):
+    root, results = ran
+    progress = storage.read_json(str(root / "recovers" / "progress.json"))
+    assert progress["state"] == "done" and progress["metrics"]["loss"] > 0
+    assert progress["events"] == results["recovers"][0]["events"]
+    assert [event["event"] for event in progress["events"]] == ["step not applied"] * 2 + ["rolled back"]
+
+
+def _lines(out: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of steps, without events."""
+    return [line for line in map(json.loads, _metrics(out, result)) if "loss" in line]
 
 
 def _metrics(out: Path, result: dict[str, Any]) -> list[str]:

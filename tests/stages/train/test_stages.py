@@ -18,12 +18,13 @@ from stages.evaluate.config import EvaluateConfig
 from stages.evaluate.stage import run as evaluate
 from stages.finetune.config import FinetuneConfig
 from stages.finetune.stage import run as finetune
-from stages.model import load
+from stages.model import load, load_teacher
+from stages.model.flops import pretrain_flops, teacher_flops
 from stages.pretrain.config import PretrainConfig
 from stages.pretrain.stage import run as pretrain
 
 TEACHER = Path(__file__).parents[3] / "assets" / "clip-micro"
-BACKBONE = {"img_size": 96, "embed_dim": 32, "depths": (1, 1, 2), "num_heads": 2}
+BACKBONE = {"img_size": 96, "embed_dim": 32, "depths": (1, 1, 2), "num_heads": 2, "drop_path": 0.2}
 DATA = {"view": {"size": 96, "min_scale": 0.5}, "streams": 2}
 
 
@@ -32,7 +33,7 @@ def pretrain_config(**changes) -> PretrainConfig:
         {
             "backbone": BACKBONE, "objective": {"fpn_dim": 16}, "teacher": {"uri": str(TEACHER)}, "data": DATA,
             "global_batch": 6, "schedule": {"steps": 4, "warmup_steps": 1}, "optimiser": {"lr": 1e-3},
-            "watch": {"picture_every_steps": 2}, **changes,
+            "watch": {"picture_every_steps": 2, "tensorboard": True}, "engine": {"peak_tflops": 0.5}, **changes,
         }
     )  # fmt: skip
 
@@ -67,12 +68,49 @@ def test_pretraining_hands_on_weights_metrics_and_lineage(pretrained, tiny_datas
     assert storage.read_json(str(out / "progress.json"))["state"] == "done"
 
 
-def test_pictures_show_input_mask_and_error(pretrained):
-    path = sorted((pretrained[0] / "pictures").glob("*.png"))[0]
-    pixels = np.asarray(Image.open(path))
-    assert pixels.shape == (3 * 96, 6 * 96, 3)
-    hidden = (pixels[96:192] == 0).all(-1).mean()
-    assert 0.3 < hidden < 0.5  # 40 % of the tokens are masked
+def test_pictures_show_input_mask_prediction_and_target(pretrained):
+    paths = sorted((pretrained[0] / "pictures").glob("*.png"))
+    assert [path.name for path in paths] == ["000000002-a.png", "000000004-a.png"]
+    assert storage.read_json(str(pretrained[0] / "progress.json"))["picture"] == str(paths[-1])
+    pixels = np.asarray(Image.open(paths[-1])).astype(int)
+    assert pixels.shape == (4 * 96, 6 * 96, 3)
+    image, masked, prediction, target = pixels.reshape(4, 96, 6 * 96, 3)
+    hidden = (masked == 0).all(-1)
+    assert 0.3 < hidden.mean() < 0.5  # 40 % of the tokens are masked
+    assert (masked[~hidden] == image[~hidden]).all()
+    for colours in (prediction, target):
+        tokens = colours.reshape(6, 16, 36, 16, 3)
+        assert (tokens == tokens[:, :1, :, :1]).all()  # one colour for each token
+    assert target.min() == 0 and target.max() == 255  # the target fills the range of colours
+    assert (prediction != target).any()
+
+
+def test_pictures_leave_no_trace_in_the_run(pretrained, tiny_dataset, tmp_path):
+    config = pretrain_config(watch={})
+    outcome = pretrain(config, {"data": tiny_dataset}, StageContext(out=str(tmp_path), attempt="a"))
+    assert not (tmp_path / "pictures").exists()
+    assert outcome.artifact.sha256 == pretrained[1].artifact.sha256
+
+
+def test_event_files_read_back_give_the_curves_and_the_pictures(pretrained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(pretrained[0] / "tensorboard")).Reload()
+    lines = [json.loads(x) for x in (pretrained[0] / "attempts/a/metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "loss_pyramid", "loss_auxiliary", "lr", "grad_norm", "images_per_s", "mfu"):
+        events = found.Scalars(f"train/{name}")
+        assert [event.step for event in events] == [1, 2, 3, 4]
+        assert [event.value for event in events] == pytest.approx([line[name] for line in lines])
+    assert [event.step for event in found.Images("picture")] == [2, 4]
+
+
+def test_mfu_is_the_flops_of_student_and_teacher_over_the_peak(pretrained):
+    lines = [json.loads(x) for x in (pretrained[0] / "attempts/a/metrics.jsonl").read_text().splitlines()]
+    config = pretrain_config()
+    teacher = load_teacher(config.teacher)
+    flops = 3 * pretrain_flops(config.backbone, config.objective, teacher.dim) + teacher_flops(teacher)
+    for line in lines:
+        assert line["mfu"] == pytest.approx(line["images_per_s"] * flops / 0.5e12)
 
 
 def test_finetuning_starts_from_the_pretrained_weights_and_can_be_evaluated(
