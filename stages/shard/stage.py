@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cluster import storage
 from cluster.errors import DataInvalid
+from cluster.resources import cpu_count
 from stages.artifacts import Artifact, Outcome
 from stages.context import Progress, StageContext
 from stages.shard.config import ShardConfig
@@ -108,6 +109,7 @@ def _job(
         max_pixels=config.max_pixels,
         max_side=config.max_side,
         quality=config.quality,
+        hash_beside=context.resources.workers * context.resources.cpus < cpu_count(),
         where=Where(
             source=source.uri,
             containers={number: (source.containers[number], kinds[number]) for number in used},

@@ -41,6 +41,7 @@ class ShardJob(TypedDict):
     max_pixels: int
     max_side: int | None
     quality: int | None
+    hash_beside: bool  # the machine has a core to spare for a hashing thread
     where: Where
     samples: Samples
 
@@ -108,7 +109,7 @@ def _pack(job: ShardJob, local: Path) -> tuple[Path, dict[str, list], list[dict[
     sizes: list[int] = []
     kept: list[int] = []
     skipped = []
-    tar = TarWriter(local)
+    tar = TarWriter(local, hash_beside=job["hash_beside"])
     try:
         for at, read in enumerate(read_images(samples, job["where"])):
             try:
