@@ -15,6 +15,7 @@ from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
 from pipeline.commands import checkpoints, registry, results, runs, shard
+from pipeline.commands import show as shows
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import results_of
 from pipeline.runner import Runner, State, StepStatus, exit_code
@@ -34,6 +35,7 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(registry.app, name="registry")
 app.add_typer(shard.app, name="shard")
+app.command()(shows.show)
 
 RecipeArg = Annotated[str, typer.Argument(help="Name of the recipe: " + ", ".join(recipes.names()))]
 SetOpt = Annotated[
