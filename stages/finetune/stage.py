@@ -76,7 +76,7 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
 
     from stages.finetune.start import start_from
     from stages.finetune.task import ClassifyTask
-    from stages.model import Classifier, layer_id, num_layers
+    from stages.model import Classifier, Normalisation, layer_id, num_layers
     from stages.model.flops import backbone_flops
     from stages.train.export import export_model
     from stages.train.feeds import open_training_data
@@ -88,6 +88,7 @@ def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[s
     torch.manual_seed(config.seed)  # equal initial weights on all ranks
     module = Classifier(config.backbone, dataset.num_classes, config.head_init_scale)
     module.classes = tuple(dataset.classes)
+    module.normalisation = Normalisation(config.mean, config.std)
     notes = []
     if spec["init"]:
         notes = start_from(module, spec["init"]["uri"], spec["init"]["sha256"], dataset.classes)

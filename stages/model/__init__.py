@@ -14,6 +14,7 @@ from stages.model.config import (
 from stages.model.heads import Classifier
 from stages.model.io import LoadReport, load, load_backbone_into, load_into, save_model
 from stages.model.layer_decay import decays, layer_id, lr_scale, num_layers
+from stages.model.layers import Normalisation
 from stages.model.masks import block_mask
 from stages.model.mfm import MaskedFeatureModel
 from stages.model.teacher import Teacher, check_grids, load_teacher
@@ -30,6 +31,7 @@ __all__ = [
     "build_backbone",
     "Classifier",
     "MaskedFeatureModel",
+    "Normalisation",
     "block_mask",
     "Teacher",
     "load_teacher",

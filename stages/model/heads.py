@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from stages.model.config import BackboneConfig
 from stages.model.fast_itpn import FastITPN
 from stages.model.itpn import ITPN
-from stages.model.layers import init_weights
+from stages.model.layers import Normalisation, described, init_weights
 
 
 class _Head(nn.Module):
     """Mixed into a backbone class: adds `fc_norm` and `head`.
 
-    `classes` names the head's rows in order (class folders: WordNet ids in ImageNet) where that is known.
+    `classes` names the head's rows in order (class folders: WordNet ids in ImageNet), `normalisation` is the mean
+    and standard deviation (of RGB in [0, 1]) of the inputs that it was trained on, where that is known.
     """
 
     classes: tuple[str, ...] | None = None
+    normalisation: Normalisation | None = None
 
     def __init__(self, config: BackboneConfig, num_classes: int, head_init_scale: float) -> None:
         super().__init__(config)  # the backbone comes next in the class order
@@ -40,7 +42,8 @@ class _Head(nn.Module):
         """The JSON config that `save_model` writes and `load` reads."""
         config: BackboneConfig = self.config  # type: ignore[assignment]
         found = {"kind": "classifier", "backbone": config.identity(), "num_classes": self.num_classes}
-        return found | ({"classes": list(self.classes)} if self.classes is not None else {})
+        found |= {"classes": list(self.classes)} if self.classes is not None else {}
+        return found | described(self.normalisation)
 
 
 class FastITPNClassifier(_Head, FastITPN):  # type: ignore[misc]  # forward gives logits

@@ -19,7 +19,7 @@ from stages.model.config import BackboneConfig, ObjectiveConfig
 from stages.model.files import local_copy, read_state
 from stages.model.heads import Classifier
 from stages.model.itpn import resize_bias_table
-from stages.model.layers import resize_grid
+from stages.model.layers import Normalisation, resize_grid
 from stages.model.mfm import MaskedFeatureModel, published_name
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -56,21 +56,25 @@ def save_model(local_dir: Path | str, model_state: Mapping[str, Tensor], config:
 def build(config: dict[str, Any]) -> nn.Module:
     """The model that a `config.json` describes, with initial weights; DataInvalid for an unknown kind."""
     backbone = BackboneConfig.parse(config["backbone"])
+    model: Any
     match config.get("kind"):
         case "classifier":
             model = Classifier(backbone, config["num_classes"])
             model.classes = _classes(config)
-            return model
         case "pretrain":
             objective = ObjectiveConfig.parse(config["objective"])
-            return MaskedFeatureModel(backbone, objective, config["teacher_dim"])
+            model = MaskedFeatureModel(backbone, objective, config["teacher_dim"])
         case "backbone":
             return build_backbone(backbone)
-    raise DataInvalid(
-        "config.json does not describe a model",
-        expected="kind classifier, pretrain or backbone",
-        found=config.get("kind"),
-    )
+        case kind:
+            raise DataInvalid(
+                "config.json does not describe a model",
+                expected="kind classifier, pretrain or backbone",
+                found=kind,
+            )
+    if "normalisation" in config:
+        model.normalisation = Normalisation(*(tuple(config["normalisation"][k]) for k in ("mean", "std")))
+    return model
 
 
 def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:

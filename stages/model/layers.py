@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+class Normalisation(NamedTuple):
+    """Mean and standard deviation, per channel of RGB in [0, 1], that inputs of a model are normalised with."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def described(normalisation: Normalisation | None) -> dict[str, Any]:
+    """Its part of a model's config.json; nothing where it is not known."""
+    if normalisation is None:
+        return {}
+    return {"normalisation": {"mean": list(normalisation.mean), "std": list(normalisation.std)}}
 
 
 def init_weights(module: nn.Module) -> None:

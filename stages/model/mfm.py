@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stages.model.backbone import build_backbone
 from stages.model.config import BackboneConfig, ObjectiveConfig
-from stages.model.layers import drop_path_rates, init_weights
+from stages.model.layers import Normalisation, described, drop_path_rates, init_weights
 from stages.model.pyramid import LEVELS, Pyramid, patch_tokens
 
 PATCH_SIDE = {"level16": 1, "level8": 2, "level4": 4}  # positions of a level along one side of a token
@@ -27,7 +27,11 @@ class MaskedFeatureModel(nn.Module):
         config: the backbone.
         objective: heads and loss.
         teacher_dim: width of the targets.
+
+    `normalisation` is that of the inputs it was trained on, where it is known.
     """
+
+    normalisation: Normalisation | None = None
 
     def __init__(self, config: BackboneConfig, objective: ObjectiveConfig, teacher_dim: int) -> None:
         super().__init__()
@@ -119,6 +123,7 @@ class MaskedFeatureModel(nn.Module):
             "backbone": self.config.identity(),
             "objective": self.objective.identity(),
             "teacher_dim": self.teacher_dim,
+            **described(self.normalisation),
         }
 
 

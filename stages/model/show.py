@@ -17,6 +17,7 @@ from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
 from stages.model.config import BackboneConfig, MigrationConfig, ObjectiveConfig, TeacherConfig
 from stages.model.io import load
+from stages.model.layers import Normalisation
 from stages.model.masks import block_mask
 from stages.model.mfm import MaskedFeatureModel
 from stages.model.teacher import check_grids, load_teacher
@@ -34,8 +35,7 @@ def show(
     *,
     teacher: str | TeacherConfig | None = None,
     migration: MigrationConfig | None = None,
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    normalisation: Normalisation | None = None,
     seed: int = 0,
 ) -> Path:
     """Write one row of panels per image and return the path of the PNG.
@@ -49,7 +49,8 @@ def show(
         images: paths or URIs of pictures.
         teacher: URI or config of the teacher whose targets are shown.
         migration: shown in place of the model's own setting.
-        mean, std: normalisation that the model was trained with.
+        normalisation: of the inputs; by default the one that the model was trained with, as its config.json says,
+            and where that is silent mean and standard deviation 0.5.
         seed: of the masks.
 
     Raises:
@@ -64,6 +65,8 @@ def show(
     if migration is not None:
         config = BackboneConfig.parse(config.model_dump() | {"migration": migration.model_dump()})
         backbone.config = config  # type: ignore[assignment]
+    known = normalisation or getattr(model, "normalisation", None) or Normalisation((0.5,) * 3, (0.5,) * 3)
+    mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) for values in known)
     tower = None
     if teacher is not None:
         tower = load_teacher(TeacherConfig(uri=teacher) if isinstance(teacher, str) else teacher)
@@ -71,7 +74,7 @@ def show(
     rows = []
     for number, name in enumerate(images):
         picture = read_picture(name, config.img_size)
-        x = ((picture - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).unsqueeze(0)
+        x = ((picture - mean_C11) / std_C11).unsqueeze(0)
         panels = {"input": _rgb(picture)}
         mask: Tensor | None = None
         if isinstance(model, MaskedFeatureModel):

@@ -65,7 +65,14 @@ def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[s
     import torch
 
     from stages.data.order import Order
-    from stages.model import MaskedFeatureModel, check_grids, layer_id, load_teacher, num_layers
+    from stages.model import (
+        MaskedFeatureModel,
+        Normalisation,
+        check_grids,
+        layer_id,
+        load_teacher,
+        num_layers,
+    )
     from stages.model.flops import pretrain_flops, teacher_flops
     from stages.pretrain.task import MfmTask
     from stages.train.export import export_model
@@ -80,6 +87,7 @@ def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[s
     check_grids(config.backbone, teacher)
     torch.manual_seed(config.seed)  # equal initial weights on all ranks
     module = MaskedFeatureModel(config.backbone, config.objective, teacher.dim)
+    module.normalisation = Normalisation(config.mean, config.std)
     depths = config.backbone.depths
     trainer = Trainer(
         task=MfmTask(config, module, teacher, world.device),

@@ -11,6 +11,7 @@ from stages.model import (
     BackboneConfig,
     Classifier,
     MaskedFeatureModel,
+    Normalisation,
     ObjectiveConfig,
     backbone_config,
     build_backbone,
@@ -47,6 +48,16 @@ def test_classifier_comes_back_from_disk_with_named_levels(tmp_path, family):
         "level16": (64, 4, 6),
         "tokens": (24, 64),
     }
+
+
+@pytest.mark.parametrize("make", [lambda: Classifier(config(), 2), pretrain], ids=["classifier", "pretrain"])
+def test_the_inputs_normalisation_travels_with_the_weights(tmp_path, make):
+    model = make()
+    save_model(tmp_path / "unknown", model.state_dict(), model.describe())
+    assert load(str(tmp_path / "unknown")).normalisation is None
+    model.normalisation = Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    save_model(tmp_path / "known", model.state_dict(), model.describe())
+    assert load(str(tmp_path / "known")).normalisation == model.normalisation
 
 
 @pytest.mark.parametrize("family", FAMILIES)

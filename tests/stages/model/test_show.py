@@ -14,6 +14,7 @@ from stages.model import (
     Classifier,
     MaskedFeatureModel,
     MigrationConfig,
+    Normalisation,
     ObjectiveConfig,
     TeacherConfig,
     save_model,
@@ -61,6 +62,17 @@ def test_a_pretrained_model_shows_mask_levels_teacher_prediction_and_migration(t
 def test_a_classifier_shows_input_and_levels(tmp_path, pictures):
     uri = save(tmp_path / "m", Classifier(CONFIG, 5))
     assert columns(show(uri, pictures[:1], tmp_path / "a.png"), rows=1)[0] == 4
+
+
+def test_inputs_are_normalised_as_the_model_was_trained(tmp_path, pictures):
+    model = Classifier(CONFIG, 5)
+    plain = show(save(tmp_path / "plain", model), pictures[:1], tmp_path / "a.png").read_bytes()
+    model.normalisation = Normalisation((0.0, 0.0, 0.0), (0.1, 1.0, 1.0))
+    own = show(save(tmp_path / "own", model), pictures[:1], tmp_path / "b.png").read_bytes()
+    assert own != plain
+    half = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    given = show(str(tmp_path / "own"), pictures[:1], tmp_path / "c.png", normalisation=half)
+    assert given.read_bytes() == plain
 
 
 def test_pictures_and_teachers_that_do_not_fit_are_named(tmp_path, pictures):
