@@ -15,6 +15,7 @@ from PIL import Image
 from cluster import storage
 from cluster.errors import ConfigError
 from stages.artifacts import DatasetRef
+from stages.data.dataset import ShardDataset
 from stages.data.decode import decode, probe
 from stages.data.manifest import load_manifest, resolve
 from stages.shard.config import ShardConfig
@@ -124,6 +125,72 @@ def test_images_beyond_max_side_are_shrunk_and_others_kept(image_folder: Path, t
     pixels = decode(found["c/large"][1], probe(found["c/large"][1])).astype(float)
     expected = np.asarray(Image.open(io.BytesIO(large)).resize((128, 96), Image.Resampling.LANCZOS))
     assert np.abs(pixels - expected).mean() < 4
+
+
+@pytest.mark.parametrize("layout", ["folder", "zip", "tar"])
+def test_images_over_the_caps_are_left_out_with_the_reason(tmp_path: Path, layout: str) -> None:
+    fine, wide = jpeg(picture(1)), jpeg(picture(2, height=300, width=400))
+    heavy = fine + bytes(100_000)  # deflates to nothing: what a small archive member may unpack to
+    files = {"c/fine.jpg": fine, "c/heavy.jpg": heavy, "c/wide.jpg": wide}
+    source = tmp_path / "in"
+    if layout == "folder":
+        (source / "c").mkdir(parents=True)
+        for path, data in files.items():
+            (source / path).write_bytes(data)
+    elif layout == "zip":
+        source = tmp_path / "in.zip"
+        with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path, data in files.items():
+                archive.writestr(path, data)
+    else:
+        source = tmp_path / "in.tar"
+        source.write_bytes(tar_bytes(files.items()))
+    ref = shard_folder(
+        source, tmp_path / "out", max_file_bytes=90_000, max_pixels=300 * 400 - 1, max_bad_fraction=0.7
+    )
+    assert contents(ref)["train"] == {"c/fine": ("jpg", fine, 0)}
+    reasons = {Path(item.source).name: item.reason for item in load_manifest(ref.manifest).skipped}
+    assert reasons == {
+        "heavy.jpg": f"{len(heavy)} bytes, more than the cap of 90000",
+        "wide.jpg": "400 x 300 pixels, more than the cap of 119999",
+    }
+
+
+def test_odd_images_are_kept_as_they_are_and_read_upright_in_rgb(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    (source / "c").mkdir(parents=True)
+    base = picture(4, height=60, width=80)
+    rotated = base.copy()
+    exif = rotated.getexif()
+    exif[0x0112] = 6
+    png = io.BytesIO()
+    base.save(png, "PNG")
+    files = {
+        "cmyk.jpg": jpeg(base.convert("CMYK")),
+        "grey.jpg": jpeg(base.convert("L")),
+        "named.JPEG": png.getvalue(),
+        "rotated.jpg": jpeg(rotated, exif=exif),
+    }
+    for name, data in files.items():
+        (source / "c" / name).write_bytes(data)
+    ref = shard_folder(source, tmp_path / "out", verify="decode")
+    found = contents(ref)["train"]
+    assert {key: (suffix, data) for key, (suffix, data, _) in found.items()} == {
+        f"c/{name.split('.')[0]}": ("png" if name == "named.JPEG" else "jpg", data)
+        for name, data in files.items()
+    }
+    dataset = ShardDataset.open(ref.manifest, "train")
+    reference = np.asarray(base).astype(float)
+    for sample in dataset.read(np.arange(4)):
+        pixels = decode(sample.bytes, probe(sample.bytes)).astype(float)
+        if sample.key == "c/rotated":
+            pixels = np.rot90(pixels)  # orientation 6 asks for a quarter turn clockwise
+        if sample.key == "c/grey":
+            assert np.ptp(pixels, axis=2).max() == 0
+            reference_here = np.asarray(base.convert("L").convert("RGB")).astype(float)
+        else:
+            reference_here = reference
+        assert pixels.shape == (60, 80, 3) and np.abs(pixels - reference_here).mean() < 8, sample.key
 
 
 def test_quality_without_max_side_is_refused() -> None:
