@@ -14,7 +14,7 @@ from cluster.errors import ConfigError, StorageUnavailable
 from cluster.jobs import Session
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
-from pipeline.commands import checkpoints, registry, results, runs, shard
+from pipeline.commands import checkpoints, registry, report, results, runs, shard
 from pipeline.commands import show as shows
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import results_of
@@ -36,6 +36,8 @@ app.add_typer(checkpoints.app, name="checkpoints")
 app.add_typer(registry.app, name="registry")
 app.add_typer(shard.app, name="shard")
 app.command()(shows.show)
+app.command("report")(report.report)
+app.command("serve")(report.serve)
 
 RecipeArg = Annotated[str, typer.Argument(help="Name of the recipe: " + ", ".join(recipes.names()))]
 SetOpt = Annotated[

@@ -1,0 +1,159 @@
+"""What is drawn: curves of a training from its metric lines, and accuracy against speed from result rows.
+
+A chart is plain JSON that templates/page.js hands to plotly.js:
+`{"title", "x", "y", "log_x", "traces": [{"name", "x", "y", "text"?, "href"?, "points"?}], "events": […], "note"}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pipeline.registry import ResultRow
+
+POINTS = 2000  # of a curve; more are thinned out evenly
+ACCURACY = "top1"
+# Metric of speed -> title, unit, factor from the metric to the unit.
+SPEEDS = {
+    "images_per_s": ("Accuracy against throughput", "images/s", 1.0),
+    "latency_p50_ms": ("Accuracy against latency", "ms, median", 1.0),
+    "flops": ("Accuracy against compute", "GFLOPs per image", 1e-9),
+}
+# Keys of a metric line that are no measured curve.
+_NO_CURVE = {"step", "epoch", "applied"}
+# Curve -> title, unit, factor. Whatever else a line holds gets a chart under its own name.
+_CURVES = {
+    "lr": ("Learning rate", "learning rate", 1.0),
+    "images_per_s": ("Throughput", "images/s", 1.0),
+    "grad_norm": ("Gradient norm", "norm", 1.0),
+    "data_wait_share": ("Waiting for data", "% of the step's time", 100.0),
+    "memory_bytes": ("Peak memory", "GB", 1e-9),
+}
+
+Chart = dict[str, Any]
+
+
+def curves(lines: Sequence[dict[str, Any]]) -> list[Chart]:
+    """The charts of a training: all losses together (one curve per head), then one chart per other metric."""
+    values = [line for line in lines if "event" not in line and _finite(line.get("step"))]
+    every = math.ceil(len(values) / POINTS)
+    if every > 1:
+        values = [*values[:-1:every], values[-1]]
+    names = list(dict.fromkeys(name for line in values for name in line if name not in _NO_CURVE))
+    losses = sorted(name for name in names if name.startswith("loss"))
+    groups = [("Loss", "loss", 1.0, losses)]
+    groups += [(*known, [name]) for name, known in _CURVES.items() if name in names]
+    groups += [(n, n, 1.0, [n]) for n in names if n not in losses and n not in _CURVES]
+    charts = []
+    for title, unit, factor, members in groups:
+        traces = []
+        for name in members:
+            points = [(line["step"], _scaled(line[name], factor)) for line in values if name in line]
+            if any(y is not None for _, y in points):
+                label = _head(name) if title == "Loss" else title
+                traces.append({"name": label, "x": [x for x, _ in points], "y": [y for _, y in points]})
+        if traces:
+            charts.append({"title": title, "x": "training step", "y": unit, "traces": traces})
+    if every > 1:
+        for chart in charts:
+            chart["note"] = f"every {every}th step is drawn"
+    if charts and charts[0]["title"] == "Loss":
+        charts[0]["events"] = _marks(events(lines))
+    return charts
+
+
+def events(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What happened on the way (steps not applied, roll-backs, samples replaced, …): step, event, details."""
+    found = []
+    for line in lines:
+        if "event" in line:
+            facts = {name: value for name, value in line.items() if name not in ("event", "step")}
+            details = ", ".join(f"{name}: {_text(value)}" for name, value in facts.items())
+            found.append({"step": line.get("step", ""), "event": _text(line["event"]), "details": details})
+    return found
+
+
+def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | None]) -> list[Chart]:
+    """One chart per metric of speed that was measured, a point for each measurement of it.
+
+    A point's height is the newest top-1 of the same weights. Points are told apart by the evaluator's settings
+    (batch, resolution, acceleration, …) where these differ, else by data set and initialisation.
+
+    Args:
+        href: the page of a row's weights, if there is one.
+    """
+    accuracy = {(row.checkpoint_sha256, row.dataset): row for row in rows if row.metric == ACCURACY}
+    newest = {row.checkpoint_sha256: row for row in rows if row.metric == ACCURACY}
+    charts = []
+    for metric, (title, unit, factor) in SPEEDS.items():
+        measured = [row for row in rows if row.metric == metric and _finite(row.value)]
+        settings = _differing([row.evaluator for row in measured])
+        traces: dict[str, dict[str, Any]] = {}
+        for row, setting in zip(measured, settings, strict=True):
+            top = accuracy.get((row.checkpoint_sha256, row.dataset)) or newest.get(row.checkpoint_sha256)
+            if top is None or not _finite(top.value):
+                continue
+            name = setting or f"{top.dataset}, {row.init}"
+            trace = traces.setdefault(name, {"name": name, "points": True})
+            for key, value in (
+                ("x", row.value * factor),
+                ("y", top.value),
+                ("text", f"{row.checkpoint_sha256[:12]} · {top.dataset}/{top.split} · {row.step}"),
+                ("href", href(row)),
+            ):
+                trace.setdefault(key, []).append(value)
+        if traces:
+            ordered = [traces[name] for name in sorted(traces)]
+            charts.append(
+                {"title": title, "x": unit, "y": f"{ACCURACY} (%)", "log_x": True, "traces": ordered}
+            )
+    return charts
+
+
+def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """For each config the leaves in which not all agree, as text; empty where all are alike."""
+    flat = [dict(_leaves(config)) for config in configs]
+    names = list(dict.fromkeys(name for leaves in flat for name in leaves))
+    differ = [n for n in names if len({json.dumps(leaves.get(n), sort_keys=True) for leaves in flat}) > 1]
+    return [
+        " · ".join(f"{name.rsplit('.', 1)[-1]} {_text(leaves[name])}" for name in differ if name in leaves)
+        for leaves in flat
+    ]
+
+
+def _leaves(config: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(config, dict):
+        return [
+            leaf for key, value in config.items() for leaf in _leaves(value, f"{path}.{key}" if path else key)
+        ]
+    return [(path, config)]
+
+
+def _marks(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events as traces along the foot of a chart, one for each kind of event."""
+    marks: dict[str, dict[str, Any]] = {}
+    for entry in found[-POINTS:]:
+        if _finite(entry["step"]):
+            trace = marks.setdefault(entry["event"], {"name": entry["event"], "x": [], "text": []})
+            trace["x"].append(entry["step"])
+            trace["text"].append(entry["details"][:200])
+    return list(marks.values())
+
+
+def _head(name: str) -> str:
+    return "total" if name == "loss" else name.removeprefix("loss_")
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _scaled(value: Any, factor: float) -> float | None:
+    """None for what is no finite number (NaN is written as text): the curve has a gap there."""
+    return float(f"{value * factor:.6g}") if _finite(value) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
