@@ -45,7 +45,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> list[Chart]:
     losses = sorted(name for name in names if name.startswith("loss"))
     groups = [("Loss", "loss", 1.0, losses)]
     groups += [(*known, [name]) for name, known in _CURVES.items() if name in names]
-    groups += [(n, n, 1.0, [n]) for n in names if n not in losses and n not in _CURVES]
+    groups += [(n, "", 1.0, [n]) for n in names if n not in losses and n not in _CURVES]
     charts = []
     for title, unit, factor, members in groups:
         traces = []
@@ -76,34 +76,35 @@ def events(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | None]) -> list[Chart]:
-    """One chart per metric of speed that was measured, a point for each measurement of it.
+    """One chart per metric of speed that was measured, a point for each measurement of it and each data set.
 
-    A point's height is the newest top-1 of the same weights. Points are told apart by the evaluator's settings
-    (batch, resolution, acceleration, …) where these differ, else by data set and initialisation.
+    A point's height is the newest top-1 of the same weights in the same variant (acceleration, resolution).
+    Points are told apart by the settings (batch, resolution, acceleration, …) in which measurements differ,
+    else by initialisation, and by data set where there are several.
 
     Args:
+        rows: oldest first.
         href: the page of a row's weights, if there is one.
     """
-    accuracy = {(row.checkpoint_sha256, row.dataset): row for row in rows if row.metric == ACCURACY}
-    newest = {row.checkpoint_sha256: row for row in rows if row.metric == ACCURACY}
+    accuracy: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row.metric == ACCURACY and _finite(row.value):
+            data = f"{row.dataset}/{row.split}"
+            accuracy.setdefault((row.checkpoint_sha256, row.variant), {})[data] = row.value
     charts = []
     for metric, (title, unit, factor) in SPEEDS.items():
-        measured = [row for row in rows if row.metric == metric and _finite(row.value)]
-        settings = _differing([row.evaluator for row in measured])
+        drawn = [r for r in rows if r.metric == metric and (r.checkpoint_sha256, r.variant) in accuracy]
+        drawn = [row for row in drawn if _finite(row.value) and row.value > 0]  # the axis is logarithmic
+        settings = _differing([{"variant": row.variant} | row.evaluator for row in drawn])
+        names = {name for row in drawn for name in accuracy[row.checkpoint_sha256, row.variant]}
         traces: dict[str, dict[str, Any]] = {}
-        for row, setting in zip(measured, settings, strict=True):
-            top = accuracy.get((row.checkpoint_sha256, row.dataset)) or newest.get(row.checkpoint_sha256)
-            if top is None or not _finite(top.value):
-                continue
-            name = setting or f"{top.dataset}, {row.init}"
-            trace = traces.setdefault(name, {"name": name, "points": True})
-            for key, value in (
-                ("x", row.value * factor),
-                ("y", top.value),
-                ("text", f"{row.checkpoint_sha256[:12]} · {top.dataset}/{top.split} · {row.step}"),
-                ("href", href(row)),
-            ):
-                trace.setdefault(key, []).append(value)
+        for row, setting in zip(drawn, settings, strict=True):
+            for data, value in accuracy[row.checkpoint_sha256, row.variant].items():
+                name = " · ".join([setting or row.init, *([data] if len(names) > 1 else [])])
+                trace = traces.setdefault(name, {"name": name, "points": True})
+                about = {"text": f"{row.step} · {data}", "href": href(row)}
+                for key, entry in {"x": row.value * factor, "y": value, **about}.items():
+                    trace.setdefault(key, []).append(entry)
         if traces:
             ordered = [traces[name] for name in sorted(traces)]
             charts.append(
@@ -118,7 +119,9 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for leaves in flat for name in leaves))
     differ = [n for n in names if len({json.dumps(leaves.get(n), sort_keys=True) for leaves in flat}) > 1]
     return [
-        " · ".join(f"{name.rsplit('.', 1)[-1]} {_text(leaves[name])}" for name in differ if name in leaves)
+        " · ".join(
+            f"{name.rsplit('.', 1)[-1]} {_text(leaves[name])}".strip() for name in differ if name in leaves
+        )
         for leaves in flat
     ]
 

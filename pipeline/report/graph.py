@@ -110,10 +110,15 @@ def _heights(full: nx.DiGraph, layers: list[list[Name]]) -> dict[Name, float]:
         neighbours = full.successors if backwards else full.predecessors
         for layer in reversed(layers) if backwards else layers:
             wanted = {}
-            for node in layer:
+            joined = [node for node in layer if full.degree(node)]
+            for node in joined:
                 near = [y[other] for other in neighbours(node)]
                 wanted[node] = sum(near) / len(near) if near else y[node]
-            _place(sorted(layer, key=lambda n: (wanted[n], str(n))), wanted, y)
+            _place(sorted(joined, key=lambda n: (wanted[n], str(n))), wanted, y)
+    for layer in layers:  # what stands alone goes below
+        foot = max((y[node] for node in layer if full.degree(node)), default=-BOX_H - GAP_Y)
+        for index, node in enumerate(node for node in layer if not full.degree(node)):
+            y[node] = foot + (index + 1) * (BOX_H + GAP_Y)
     top = min(y.values())
     return {node: value - top + MARGIN for node, value in y.items()}
 

@@ -150,9 +150,10 @@ class Reader:
                 return StepInfo(step, "running", run=row.run if row else "", host=holder.host, **common)
         if "failure.json" in names:
             failure = _json(storage.join(out, "failure.json"))
-            facts = {"error": str(failure.get("error", "")), "ended_at": str(failure.get("at", ""))}
-            facts |= {"host": str(failure.get("host", "")), "run": row.run if row else ""}
-            return StepInfo(step, "failed", exit_code=int(failure.get("exit_code", 1)), **facts, **common)
+            common |= {"error": str(failure.get("error", "")), "ended_at": str(failure.get("at", ""))}
+            common |= {"host": str(failure.get("host", "")), "exit_code": failure.get("exit_code", 1)}
+            common |= {"wall_s": row.wall_s if row and row.outcome == "failed" else None}
+            return StepInfo(step, "failed", run=row.run if row else "", **common)
         if row and row.outcome != "finished":
             return StepInfo(**{**vars(_from_row(row, row.outcome)), **common})
         return StepInfo(step, "interrupted", run=row.run if row else "", **common)
@@ -218,7 +219,7 @@ def _from_row(row: RunRow, state: str) -> StepInfo:
         error=row.error or "",
         exit_code=row.exit_code,
         ended_at=row.created_at,
-        wall_s=row.wall_s,
+        wall_s=row.wall_s or None,
         gpu_seconds=row.gpu_seconds,
         host=row.host,
         fingerprint=row.fingerprint,

@@ -54,7 +54,7 @@ class Site:
             "root": snapshot.root, "steps": snapshot.steps, "page_of": self.page_of, "live_s": live_s,
             "problem": problem, "aliases_of": snapshot.aliases_of, "most_rows": ROWS,
         }  # fmt: skip
-        self._makers: dict[str, Callable[[], bytes]] = {
+        self._makers: dict[str, Callable[[], bytes | None]] = {
             "index.html": self._index,
             "results.html": self._results,
             "runs.html": self._runs,
@@ -103,7 +103,8 @@ class Site:
 
     def _runs(self) -> bytes:
         infos = sorted(self.snapshot.steps.values(), key=lambda i: (i.ended_at or "9", i.step), reverse=True)
-        return self._page("runs.html", page="runs.html", infos=infos)
+        any_gpu = any(info.gpu_seconds for info in infos)
+        return self._page("runs.html", page="runs.html", infos=infos, any_gpu=any_gpu)
 
     def _checkpoints(self) -> bytes:
         return self._page(

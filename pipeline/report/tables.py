@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.registry import LOWER_IS_BETTER, ResultRow
+from pipeline.registry import LOWER_IS_BETTER, ResultRow, better_first
+from pipeline.registry.events import ANY_DATA
 
 METRICS = 12  # columns of the leaderboard; further metrics are on the page of all results
 # Metrics that come first, in this order.
@@ -17,6 +18,8 @@ _FIRST = ("top1", "top5", "loss", "ece", "images_per_s", "latency_p50_ms", "late
 _UNITS: dict[str, tuple[str, float, int | None]] = {
     "top1": ("%", 1.0, 2),
     "top5": ("%", 1.0, 2),
+    "loss": ("", 1.0, 4),
+    "ece": ("", 1.0, 4),
     "images_per_s": ("images/s", 1.0, None),
     "latency_p50_ms": ("ms", 1.0, None),
     "latency_p99_ms": ("ms", 1.0, None),
@@ -29,10 +32,11 @@ _UNITS: dict[str, tuple[str, float, int | None]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the leaderboard: the newest value of each metric of some weights on some data."""
+    """One line of the leaderboard: some weights, in one variant, on some data; the value of each metric."""
 
     dataset: str
     split: str
+    variant: str
     step: str  # that made the weights, or that evaluated them where nobody knows
     sha256: str
     init: str
@@ -57,23 +61,33 @@ def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[lis
         trained: sha256 of weights -> the step that made them.
     """
     metrics = metrics_of(rows)[:METRICS]
-    groups: dict[tuple[str, str, str], list[ResultRow]] = {}
+    groups: dict[tuple[str, str, str, str], dict[str, ResultRow]] = {}
+    speeds: dict[tuple[str, str], dict[str, ResultRow]] = {}
     for row in rows:
-        groups.setdefault((row.dataset, row.split, row.checkpoint_sha256), []).append(row)
+        if row.dataset != ANY_DATA:
+            place = (row.dataset, row.split, row.checkpoint_sha256, row.variant)
+            groups.setdefault(place, {})[row.metric] = row  # the newest
+        else:  # of several batch sizes the best
+            found = speeds.setdefault((row.checkpoint_sha256, row.variant), {})
+            found[row.metric] = better_first([row, *(found[m] for m in (row.metric,) if m in found)])[0]
+    measured = {(sha256, variant) for _, _, sha256, variant in groups}
+    for sha256, variant in speeds.keys() - measured:
+        groups[ANY_DATA, ANY_DATA, sha256, variant] = {}
     lines = []
-    for (dataset, split, sha256), found in groups.items():
-        last = found[-1]
-        values = {row.metric: row for row in found}
+    for (dataset, split, sha256, variant), own in groups.items():
+        last = max((own or speeds[sha256, variant]).values(), key=lambda row: row.created_at)
+        values = speeds.get((sha256, variant), {}) | own
         facts = (last.init, last.seed, last.created_at, last.samples)
-        lines.append(Line(dataset, split, trained.get(sha256, last.step), sha256, *facts, values))
+        lines.append(Line(dataset, split, variant, trained.get(sha256, last.step), sha256, *facts, values))
     sign = 1 if metrics and metrics[0] in LOWER_IS_BETTER else -1
 
-    def place(line: Line) -> tuple[Any, ...]:
+    def rank(line: Line) -> tuple[Any, ...]:
         row = line.values.get(metrics[0]) if metrics else None
         known = row is not None and math.isfinite(row.value)
-        return (line.dataset, line.split, not known, sign * row.value if known and row else 0.0, line.at)
+        data = (line.dataset == ANY_DATA, line.dataset, line.split)
+        return (*data, not known, sign * row.value if known and row else 0.0, line.at)
 
-    return metrics, sorted(lines, key=place)
+    return metrics, sorted(lines, key=rank)
 
 
 def unit(metric: str) -> str:

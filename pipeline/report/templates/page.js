@@ -92,12 +92,12 @@ function draw(plot, chart) {
   }));
   const symbols = ["x", "triangle-up", "diamond", "star"];
   const events = marks.map((mark, index) => ({
-    type: "scatter", mode: "markers", x: mark.x, y: mark.x.map(() => 0.04), yaxis: "y2", name: plain(mark.name),
+    type: "scatter", mode: "markers", x: mark.x, y: mark.x.map(() => 0.05 + 0.07 * index), yaxis: "y2", name: plain(mark.name),
     text: mark.text.map(plain), hovertemplate: "%{text}",
     marker: { size: 9, symbol: symbols[index % symbols.length], color: colour(index % 2 ? "--warn" : "--bad") },
   }));
   const axis = { gridcolor: colour("--line"), zeroline: false, linecolor: colour("--line"), automargin: true };
-  const title = (text) => ({ text: plain(text), font: { size: 12, color: colour("--dim") }, standoff: 8 });
+  const title = (text) => ({ text: plain(text ?? ""), font: { size: 12, color: colour("--dim") }, standoff: 8 });
   const colorway = [1, 2, 3, 4, 5, 6, 7, 8].map((number) => colour(`--c${number}`));
   const all = [...curves, ...events];
   const layout = {
@@ -112,7 +112,7 @@ function draw(plot, chart) {
     showlegend: all.length > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
   };
-  if (chart.log_x) Object.assign(layout.xaxis, { dtick: "D2", tickformat: "~s" });
+  if (chart.log_x) Object.assign(layout.xaxis, { dtick: "D2", tickformat: ",~g" });
   Plotly.react(plot, all, layout, { responsive: true, displayModeBar: false });
 }
 
