@@ -17,7 +17,7 @@ FLAGS = $(foreach value,$(SET),--set '$(value)')
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow check format bench lock pretrain-base pretrain-large store-stop clean
+.PHONY: help setup demo test test-slow check format bench lock pretrain-tiny pretrain-small pretrain-base pretrain-large store-stop clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,7 +61,7 @@ format: $(READY) ## format the code
 bench: $(READY) ## every benchmark (QUICK=1 for a minute each)
 	@for script in $$(grep -l '^if __name__' bench/*.py); do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick); done
 
-pretrain-base pretrain-large: pretrain-%: $(READY) ## pre-train at scale: IMAGENET=URI TEACHER=URI ROOT=URI [SET="a.b=c …"]
+pretrain-tiny pretrain-small pretrain-base pretrain-large: pretrain-%: $(READY) ## pre-train at scale: IMAGENET=URI TEACHER=URI ROOT=URI [SET="a.b=c …"]
 	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" \
 	  $(if $(IMAGENET),--set data.source=$(IMAGENET)) $(if $(TEACHER),--set pretrain.teacher.uri=$(TEACHER)) $(FLAGS)
 

@@ -15,8 +15,11 @@ from stages.evaluate.config import EvaluateConfig
 from stages.finetune.config import FinetuneConfig
 from stages.pretrain.config import PretrainConfig
 from stages.shard.config import ShardConfig
+from stages.train.config import CheckpointConfig, WatchConfig
 
 IMAGENET = ShardConfig(name="imagenet-1k", source="", shard_bytes=256 * 2**20)
+SAVE = CheckpointConfig(save_every_minutes=20, keep_last=3)
+WATCH = WatchConfig(picture_every_steps=2000, tensorboard=True)
 
 
 class ImageNetRecipe(Config):
