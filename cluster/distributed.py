@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from cluster.rendezvous import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
+            store=open_store(rank, world_size, timeout_s),
             device_id=torch.device(device) if gpu else None,
         )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
