@@ -108,14 +108,16 @@ Evaluator = Annotated[Classification | Real | Knn | Linear | Speed, Field(discri
 class EvaluateConfig(Config):
     """Evaluators of one checkpoint on one split of a data set.
 
+    Without `mean` and `std` inputs are normalised as the checkpoint says it was trained, and where it is silent, as
+    published: ImageNet's for classifiers, 0.5 for pre-trained backbones.
     `classes` names the classifier's classes in index order, where its own config does not and the data set has
     others: a text file with a class (WordNet id) first on each line, or a data set's manifest.
     """
 
     split: str = "val"
     data: EvalDataConfig = EvalDataConfig()
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the model and its inputs")
     evaluators: tuple[Evaluator, ...] = Field(default=(Classification(),), min_length=1)
     classes: str | None = not_identity(None)

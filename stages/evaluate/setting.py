@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from cluster.errors import ConfigError
 from stages.data.view import EvalView
 from stages.evaluate.config import Acceleration, EvaluateConfig, OnData
-from stages.model import BackboneConfig, accelerated
+from stages.model import BackboneConfig, Normalisation, accelerated
 from stages.model.files import local_copy, read_state
 from stages.model.io import build, config_beside, infer_config, load_into
+from stages.model.mfm import published_name
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,13 @@ class Weights:
     def class_names(self) -> list[str] | None:
         return self.description.get("classes")
 
+    @property
+    def normalisation(self) -> Normalisation:
+        """Of the inputs that the weights were trained on."""
+        if found := self.description.get("normalisation"):
+            return Normalisation(tuple(found["mean"]), tuple(found["std"]))
+        return IMAGENET if self.num_classes else HALF
+
     def model(self, backbone: BackboneConfig) -> nn.Module:
         """The classifier, or the backbone of a checkpoint of pre-training, in evaluation mode.
 
@@ -56,7 +67,12 @@ class Weights:
             else {"kind": "backbone"}
         )
         model = build({**kind, "backbone": backbone.identity()})
-        report = load_into(model, self.state, allow_missing=("gather_embed",))
+        state = {
+            name: value
+            for name, value in self.state.items()
+            if backbone.gathering or published_name(name) != "gather_embed"
+        }
+        report = load_into(model, state, allow_missing=("gather_embed",))
         with torch.no_grad():
             for name in report.missing:
                 model.get_parameter(name).zero_()
@@ -68,19 +84,22 @@ class Setting:
     """A model and a view.
 
     Args:
+        normalisation: of the inputs.
         variant: how they differ from the plain ones; empty when they do not.
         facts: what identifies them, JSON-ready.
     """
 
     backbone: BackboneConfig
     view: EvalView
+    normalisation: Normalisation
     variant: str
     facts: dict[str, Any]
 
 
-def setting_of(evaluator: OnData, config: EvaluateConfig, own: BackboneConfig) -> Setting:
+def setting_of(evaluator: OnData, config: EvaluateConfig, weights: Weights) -> Setting:
     """Raises ConfigError for a size or an acceleration that the model cannot take."""
-    plain = config.data.view
+    plain, own, trained = config.data.view, weights.backbone, weights.normalisation
+    inputs = Normalisation(config.mean or trained.mean, config.std or trained.std)
     changes = {"size": evaluator.image_size, "crop_pct": evaluator.crop_pct}
     view = plain.model_copy(update={name: value for name, value in changes.items() if value is not None})
     backbone = configure(own, evaluator.acceleration, view.size)
@@ -92,12 +111,12 @@ def setting_of(evaluator: OnData, config: EvaluateConfig, own: BackboneConfig) -
     facts = {
         "split": config.split,
         "view": view.identity(),
-        "mean": list(config.mean),
-        "std": list(config.std),
+        "mean": list(inputs.mean),
+        "std": list(inputs.std),
         "precision": config.precision,
         "acceleration": acceleration_of(backbone),
     }
-    return Setting(backbone, view, " ".join(parts), facts)
+    return Setting(backbone, view, inputs, " ".join(parts), facts)
 
 
 def configure(own: BackboneConfig, acceleration: Acceleration, image_size: int) -> BackboneConfig:
@@ -114,6 +133,8 @@ def configure(own: BackboneConfig, acceleration: Acceleration, image_size: int) 
     migration, gathering = both.migration, both.gathering
     if migration is not None and acceleration.keep is not None:
         migration = migration.model_copy(update={"keep": acceleration.keep})
+    if gathering is not None and own.gathering is not None:  # as many tokens as were trained
+        gathering = gathering.model_copy(update={"tokens": own.gathering.tokens})
     chosen = {
         "migration": migration if acceleration.setting != "gathering" else None,
         "gathering": gathering if acceleration.setting != "migration" else None,

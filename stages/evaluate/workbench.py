@@ -60,7 +60,7 @@ class Workbench:
 
     def setting(self, evaluator: OnData) -> Setting:
         """The model and the view that an evaluator asks for."""
-        return setting_of(evaluator, self.config, self.weights.backbone)
+        return setting_of(evaluator, self.config, self.weights)
 
     def split(self, name: str) -> ShardDataset:
         """A split of the data set, opened once; raises DataInvalid when there is none of this name."""
@@ -128,7 +128,7 @@ class Workbench:
         with feed:
             for batch in feed:
                 image = augment.to_float01(batch.images.to(self.device))
-                image = augment.normalise(image, config.mean, config.std)
+                image = augment.normalise(image, *setting.normalisation)
                 yield batch, forward(image.to(self.dtype))
                 self._done += len(batch.labels) * self.world.world_size
                 if self._progress:

@@ -13,7 +13,15 @@ from stages.data.config import EvalDataConfig
 from stages.data.dataset import ShardDataset
 from stages.data.view import EvalView
 from stages.evaluate.config import EvaluateConfig
-from stages.model import BackboneConfig, Classifier, MaskedFeatureModel, ObjectiveConfig, save_model
+from stages.evaluate.setting import IMAGENET
+from stages.model import (
+    BackboneConfig,
+    Classifier,
+    MaskedFeatureModel,
+    Normalisation,
+    ObjectiveConfig,
+    save_model,
+)
 
 BACKBONE = BackboneConfig(img_size=32, embed_dim=32, depths=(1, 1, 3), num_heads=2)
 DATA = EvalDataConfig(view=EvalView(size=32, crop_pct=1.0), batch_size=4)
@@ -58,12 +66,13 @@ def save_pretrained(folder: Path, dataset: DatasetRef) -> CheckpointRef:
 
 
 @torch.no_grad()
-def images_and_labels(dataset: DatasetRef, split: str, size: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def images_and_labels(
+    dataset: DatasetRef, split: str, size: int = 32, normalisation: Normalisation = IMAGENET
+) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split, normalised, in one batch, and their labels."""
     stored = ShardDataset.open(dataset.manifest, split)
     samples = stored.read(np.arange(len(stored)))
     view = EvalView(size=size, crop_pct=1.0)
     pixels = torch.stack([view.render(s.bytes, np.empty(0)) for s in samples]).permute(0, 3, 1, 2)
-    plain = EvaluateConfig()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (plain.mean, plain.std))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in normalisation)
     return (pixels / 255 - mean) / std, torch.tensor([s.label for s in samples])
