@@ -14,6 +14,7 @@ from pydantic import Field
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import Machines, fan_out, pretrain_step, shard_step
+from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from pipeline.version import REPOSITORY
 from stages.config import Config, not_identity
@@ -64,6 +65,7 @@ class Recipe(Config):
     )
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     pretrain_workers: int = not_identity(2, ge=1)
+    retention: Retention = not_identity(Retention())
 
 
 def build(config: Recipe) -> list[Step]:
