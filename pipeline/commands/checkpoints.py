@@ -202,6 +202,7 @@ def checkpoints_export(
     """
     registry = Registry(root_of(root))
     row = find(registry, checkpoint)
+    Deletions(registry).refuse_deleted(row.checkpoint.uri)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty", remedy="name a new folder")
     names = []

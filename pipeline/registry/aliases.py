@@ -106,8 +106,8 @@ class Aliases:
             NotFound: the weights or the step's record are gone.
             ConfigError: a bad name or rule.
         """
-        self._deletions.refuse_deleted(row.checkpoint.uri)
         if not storage.exists(row.checkpoint.uri):
+            self._deletions.refuse_deleted(row.checkpoint.uri)
             raise NotFound(f"{row.checkpoint.uri} is not there", remedy="promote a checkpoint that exists")
         if not storage.exists(storage.join(self._registry.root, row.step, "record.json")):
             raise NotFound(f"{row.step} has no record", remedy="promote the output of a finished step")
@@ -147,8 +147,8 @@ class Aliases:
                     remedy="itpn checkpoints promote CHECKPOINT " + name,
                 )
             before = stack[-2]
-            self._deletions.refuse_deleted(before.checkpoint)
             if not storage.exists(before.checkpoint):
+                self._deletions.refuse_deleted(before.checkpoint)
                 raise NotFound(f"{before.checkpoint} is not there", remedy="promote another checkpoint")
             return _move(
                 before.step, before.checkpoint, before.checkpoint_sha256, rolled_back_from=alias.current.id
