@@ -6,6 +6,7 @@ folders without a plan or a record are nobody's here and stay untouched.
 
 from __future__ import annotations
 
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,11 +112,7 @@ def training_state(folder: StepFolder, policy: Retention) -> list[Group]:
             "training state", "checkpoints", paths, False, "unfinished: it goes on from them"
         )
         return [group] if group.uris else []
-    chosen: dict[int, str] = {}
-    every = (folder.record.config.get("checkpoint") or {}).get("keep_every_steps")
-    for step in sorted(manifests):
-        if every and step % every == 0:
-            chosen[step] = f"its config keeps every {every} steps"
+    chosen = _configured(folder, manifests)
     if policy.training_checkpoints:
         for step in sorted(manifests)[-policy.training_checkpoints :]:
             chosen.setdefault(step, f"among the last {policy.training_checkpoints} training checkpoints")
@@ -165,6 +162,23 @@ def orphans(folder: StepFolder, grace_s: float, now: float, holder: object = Non
             delete, why = True, "the record names another attempt" if finished else "no manifest names it"
         groups.append(folder.group("orphans", name, members, delete, why))
     return groups
+
+
+def _configured(folder: StepFolder, manifests: dict[int, str]) -> dict[int, str]:
+    """The training checkpoints that a finished step's own config asks to keep for good, and why."""
+    assert folder.record is not None
+    config = folder.record.config.get("checkpoint") or {}
+    every, best, by = config.get("keep_every_steps"), config.get("keep_best"), config.get("best_by")
+    chosen = {
+        s: f"its config keeps every {every} steps" for s in sorted(manifests) if every and s % every == 0
+    }
+    if best and by:
+        means = {
+            s: storage.read_json(folder.files[path].uri).get("means", {}) for s, path in manifests.items()
+        }
+        ranked = sorted((found.get(by, math.inf), step) for step, found in means.items())
+        chosen = {step: f"its config keeps the best {best} by {by}" for _, step in ranked[:best]} | chosen
+    return chosen
 
 
 def _named(folder: StepFolder, manifest: str) -> list[str]:

@@ -53,7 +53,7 @@ class Retention(Config):
     Args:
         rules: for finished checkpoints, at most one for each task.
         training_checkpoints: how many of a finished step's newest training checkpoints stay, beside those that its
-            config keeps (`checkpoint.keep_every_steps`); an unfinished step keeps all of its own.
+            config keeps (`checkpoint.keep_every_steps`, `keep_best`); an unfinished step keeps all of its own.
         grace_hours: what no record names stays for so long after it was written: it may be at work.
     """
 
@@ -115,7 +115,7 @@ def _best(rule: KeepRule, members: list[Record], results: Sequence[ResultRow]) -
     dataset, split, metric = rule.metric.rsplit("/", 2)
     newest: dict[str, ResultRow] = {}  # sha256 -> its newest result of the metric
     for row in results:
-        if (row.dataset, row.split, row.metric) == (dataset, split, metric):
+        if (row.dataset, row.split, row.metric) == (dataset, split, metric) and not row.variant:
             newest[row.checkpoint_sha256] = row
     order = {row.checkpoint_sha256: place for place, row in enumerate(better_first(list(newest.values())))}
     judged = [r for r in members if _sha256(r) in order]

@@ -203,7 +203,7 @@ def training(root: str, step: str, *steps: int) -> None:
         path = f"checkpoints/files/{number:09d}-x/rank.safetensors"
         storage.write_exclusive(f"{root}/{step}/{path}", b"x" * 100)
         if number != 999:
-            manifest = {"step": number, "files": [{"path": path}], "metrics": []}
+            manifest = {"step": number, "files": [{"path": path}], "means": {"loss": abs(number - 15)}}
             storage.write_json_exclusive(f"{root}/{step}/checkpoints/{number:09d}.json", manifest)
 
 
@@ -237,11 +237,11 @@ def test_training_checkpoints_that_the_config_keeps_stay(tmp_path: Path) -> None
     training(root, step.id, 10, 15, 20)
     uri = f"{root}/{step.id}/record.json"
     record = storage.read_json(uri)
-    record["config"]["checkpoint"] = {"keep_every_steps": 10}
+    record["config"]["checkpoint"] = {"keep_every_steps": 20, "keep_best": 1, "best_by": "loss"}
     storage.overwrite(uri, storage.canonical_json(record))
     collect(root, Retention())
     assert [name for name in left(root, step.id) if name.endswith(".json")] == [
-        "000000010.json",
+        "000000015.json",
         "000000020.json",
     ]
 
