@@ -54,12 +54,12 @@ class Retention(Config):
         rules: for finished checkpoints, at most one for each task.
         training_checkpoints: how many of a finished step's newest training checkpoints stay, beside those that its
             config keeps (`checkpoint.keep_every_steps`, `keep_best`); an unfinished step keeps all of its own.
-        grace_hours: what no record names stays for so long after it was written: it may be at work.
+        grace_hours: what no record names stays for so long after it was written: somebody may be at work.
     """
 
     rules: tuple[KeepRule, ...] = ()
     training_checkpoints: int = Field(default=0, ge=0)
-    grace_hours: float = Field(default=24.0, ge=0)
+    grace_hours: float = Field(default=24.0, ge=1)
 
     @model_validator(mode="after")
     def _one_rule_each(self) -> Retention:

@@ -27,7 +27,7 @@ from pipeline.runner import Runner, State
 from pipeline.step import Step
 from tests.pipeline import toys
 
-ALL = Retention(rules=(KeepRule(task="pretrain", last=0), KeepRule(task="classify", last=0)), grace_hours=0)
+ALL = Retention(rules=(KeepRule(task="pretrain", last=0), KeepRule(task="classify", last=0)))
 LATER_S = 3 * 86400.0
 
 
@@ -77,7 +77,7 @@ def everything(root: str) -> dict[str, bytes]:
 def test_without_rules_everything_finished_stays(any_root: str) -> None:
     run(any_root, toys.chain())
     before = everything(any_root)
-    groups = collect(any_root, Retention(grace_hours=0), later_s=LATER_S)
+    groups = collect(any_root, Retention(), later_s=LATER_S)
     assert not [group for group in groups if group.delete]
     assert everything(any_root) == before
 
@@ -165,7 +165,8 @@ def test_the_registry_tells_what_was_deleted_and_does_not_call_it_damage(tmp_pat
     shown = itpn("checkpoints", "show", "finetune/b/v1", "--root", root)
     assert "not among the best 1" in shown["deleted"]["why"] and shown["results"]
     verified = itpn("checkpoints", "verify", "--root", root)
-    assert verified["code"] == 0 and [f.get("deleted", False) for f in verified["files"]] == [False, True]
+    told = {f["step"]: f.get("deleted", False) for f in verified["files"]}
+    assert verified["code"] == 0 and told == {"finetune/a/v1": False, "finetune/b/v1": True}
     promoted = itpn("checkpoints", "promote", "finetune/b/v1", "production", "--root", root)
     assert promoted["code"] == 5 and "were deleted" in promoted["error"]
     out = itpn("checkpoints", "export", "finetune/b/v1", "--out", str(tmp_path / "x"), "--root", root)
