@@ -75,24 +75,7 @@ RUNS = pa.schema(
         *_END,
     ]
 )
-DELETIONS = pa.schema(
-    [
-        *_EVENT,
-        ("checkpoint", pa.string()),
-        ("checkpoint_sha256", pa.string()),
-        ("bytes", pa.int64()),
-        ("why", pa.string()),
-        ("by", pa.string()),
-        ("host", pa.string()),
-        *_END,
-    ]
-)
-SCHEMAS: dict[str, pa.Schema] = {
-    "results": RESULTS,
-    "checkpoints": CHECKPOINTS,
-    "runs": RUNS,
-    "deletions": DELETIONS,
-}
+SCHEMAS: dict[str, pa.Schema] = {"results": RESULTS, "checkpoints": CHECKPOINTS, "runs": RUNS}
 
 
 class Rows(list[Row], Generic[Row]):
