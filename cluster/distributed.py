@@ -19,6 +19,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from cluster.rendezvous import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,7 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
+            store=open_store(rank, world_size, timeout_s),
             device_id=torch.device(device) if gpu else None,
         )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
@@ -100,12 +102,28 @@ def shutdown() -> None:
     _ours = False
 
 
+def rank() -> int:
+    """This process's rank; 0 without a group."""
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum `tensor` over all ranks, in place, and return it. Without a group this is the tensor as it is."""
     import torch.distributed as dist
 
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+    """Overwrite `tensor` with rank `source`'s, in place, and return it; shapes and dtypes are equal on all ranks."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast(tensor, src=source)
     return tensor
 
 

@@ -143,6 +143,14 @@ class LocalFiles:
         """Path, size and mtime of the files below the folder `path`, at most `most`; nothing without the folder."""
         return list(islice(_walk(path), most))
 
+    def uploads(self, path: str, timeout_s: float) -> list[tuple[str, str, int, float]]:
+        """Path, id (none), size and mtime of what killed writers left below the folder, or others are writing."""
+        return [(name, "", size, mtime) for name, size, mtime in _walk(path, temporary=True)]
+
+    def abort_upload(self, path: str, upload_id: str, timeout_s: float) -> None:
+        """Remove what `uploads` listed, if it is still there."""
+        Path(path).unlink(missing_ok=True)
+
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the file, if it is there."""
         Path(path).unlink(missing_ok=True)
@@ -177,15 +185,15 @@ class LocalFiles:
         return "check that the file system is mounted and well"
 
 
-def _walk(path: str) -> Iterator[tuple[str, int, float]]:
+def _walk(path: str, temporary: bool = False) -> Iterator[tuple[str, int, float]]:
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         if entry.is_dir():
-            yield from _walk(entry.path)
-        elif not entry.name.startswith(TEMPORARY):
+            yield from _walk(entry.path, temporary)
+        elif entry.name.startswith(TEMPORARY) == temporary:
             try:
                 found = entry.stat()
             except FileNotFoundError:

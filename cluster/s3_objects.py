@@ -7,6 +7,7 @@ one attempt, cut off after `timeout_s`; retries are the caller's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,43 @@ class S3Objects:
                     found.append((f"{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp()))
             if not page.get("IsTruncated") or (most is not None and len(found) >= most):
                 return found[:most]
+
+    def uploads(self, path: str, timeout_s: float) -> list[tuple[str, str, int, float]]:
+        """Path, id, bytes so far and time of begin of the multipart uploads below `path` that are not finished."""
+        bucket, _, key = path.partition("/")
+        found: list[tuple[str, str, int, float]] = []
+        page: dict[str, Any] = {}
+        while True:
+            names = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+            more = {name: page[last] for name, last in names.items() if page.get(last)}
+            prefix = {"Prefix": key + "/"} if key else {}
+            page = self._s3fs().call_s3(
+                "list_multipart_uploads", Bucket=bucket, timeout=timeout_s, **prefix, **more
+            )
+            for item in page.get("Uploads", []):
+                if not key or item["Key"].startswith(key + "/"):
+                    name, began = f"{bucket}/{item['Key']}", item["Initiated"].timestamp()
+                    size = self._parts_bytes(name, item["UploadId"], timeout_s)
+                    found.append((name, item["UploadId"], size, began))
+            if not page.get("IsTruncated"):
+                return found
+
+    def abort_upload(self, path: str, upload_id: str, timeout_s: float) -> None:
+        """Drop a multipart upload and its parts, if it is still there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._request("abort_multipart_upload", path, timeout_s, UploadId=upload_id)
+
+    def _parts_bytes(self, path: str, upload_id: str, timeout_s: float) -> int:
+        total = 0
+        page: dict[str, Any] = {"IsTruncated": True, "NextPartNumberMarker": 0}
+        while page.get("IsTruncated"):
+            more = {"UploadId": upload_id, "PartNumberMarker": int(page["NextPartNumberMarker"])}
+            try:
+                page = self._request("list_parts", path, timeout_s, **more)
+            except FileNotFoundError:  # finished or aborted since the listing
+                return total
+            total += sum(part["Size"] for part in page.get("Parts", []))
+        return total
 
     def delete(self, path: str, timeout_s: float) -> None:
         """Remove the object, if it is there."""

@@ -61,6 +61,16 @@ class ObjectInfo:
     mtime: float
 
 
+@dataclass(frozen=True)
+class Upload:
+    """An upload that was begun and is not finished: its parts take space and are in no listing of objects."""
+
+    uri: str
+    id: str
+    bytes: int
+    began: float  # seconds since the epoch
+
+
 def join(uri: str, *parts: str) -> str:
     """`uri` with path parts added, in the one form that every function here returns.
 
@@ -276,6 +286,18 @@ def list_files(
     )
 
 
+def list_uploads(uri_prefix: str) -> list[Upload]:
+    """The unfinished uploads below the prefix, sorted by URI: multipart ones on S3, temporary files locally."""
+    scheme = "s3://" if join(uri_prefix).startswith("s3://") else ""
+    found = [Upload(scheme + path, *facts) for path, *facts in _call(uri_prefix, "uploads")]
+    return sorted(found, key=lambda upload: (upload.uri, upload.id))
+
+
+def abort_upload(upload: Upload) -> None:
+    """Drop an unfinished upload and what it has stored; its writer, if any, fails. No error when it is gone."""
+    _call(upload.uri, "abort_upload", upload.id)
+
+
 def delete(uri: str) -> None:
     """Remove the object; no error when there is none."""
     _call(uri, "delete")
@@ -396,6 +418,8 @@ _VERBS = {
     "put": "write",
     "put_if": "replace",
     "find": "list",
+    "uploads": "list the uploads below",
+    "abort_upload": "abort the upload of",
 }
 
 

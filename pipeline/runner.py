@@ -37,9 +37,10 @@ from cluster.lease import Lease
 from pipeline import record as records
 from pipeline.record import InputRef, Record
 from pipeline.registry import Registry, RunRow
+from pipeline.registry.deletions import Deletions
 from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
-from stages.artifacts import Artifact, Outcome
+from stages.artifacts import Artifact, CheckpointRef, Outcome
 from stages.context import StageContext
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ class Runner:
         steps: list[Step],
         *,
         open_session: Callable[[], Session] = Session,
-        max_parallel: int = 32,
+        max_parallel: int = 8,
         wait_for_lease: bool = True,
         on_change: Callable[[StepStatus], None] = lambda status: None,
     ) -> None:
@@ -221,6 +222,7 @@ class Runner:
                 records.begin(self.root, step)
                 self._set(step, State.RUNNING, note=f"attempt {attempt + 1}" if attempt else "")
                 try:
+                    self._claim_inputs(step)
                     return self._attempt(step, lease)
                 except (StepFailed, StorageUnavailable, Stopped) as error:
                     # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
@@ -233,6 +235,17 @@ class Runner:
                     self._write_failure(step, error)
                     raise
         raise AssertionError("unreachable: an attempt returns or raises")
+
+    def _claim_inputs(self, step: Step) -> None:
+        """Keep gc from the weights that the step needs; its plan, written before, is the reference.
+
+        Raises Deleted when their files are gone: a finished step is never done again by itself.
+        """
+        deletions = Deletions(Registry(self.root))
+        for needed in step.inputs.values():
+            artifact = self._artifact(needed)
+            if isinstance(artifact, CheckpointRef):
+                deletions.claim(artifact.uri, f"{step.id} needs it")
 
     def _attempt(self, step: Step, lease: Lease) -> Record:
         attempt = uuid.uuid4().hex[:12]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Set
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -151,13 +151,19 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     return "\n".join(lines)
 
 
-def _fields_at(cls: Any, path: tuple[Any, ...]) -> list[str]:
+def _fields_at(cls: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields at a location of an error: below fields, items of lists, members of a tagged union."""
+    models = [cls]
     for part in path:
-        field = cls.model_fields.get(part) if isinstance(cls, type) and issubclass(cls, BaseModel) else None
-        if field is None:
-            return []
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        cls = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if cls is None:
-            return []
-    return list(cls.model_fields)
+        inner = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        if inner:
+            models = [model for annotation in inner for model in _models(annotation)]
+        elif not isinstance(part, int):  # the tag that chose a member of a union
+            models = [m for m in models if any(f.default == part for f in m.model_fields.values())]
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models(inner)]

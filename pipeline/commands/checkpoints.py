@@ -13,12 +13,15 @@ from cluster import storage
 from cluster.errors import ConfigError
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
+from pipeline.commands.gc import checkpoints_gc
 from pipeline.commands.results import print_lineage
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.aliases import Alias, Aliases
+from pipeline.registry.deletions import Deletion, Deletions
 from pipeline.registry.lineage import find, lineage, read_record, verify
 
 app = typer.Typer(help="Checkpoints and the aliases that point at them.", no_args_is_help=True)
+app.command("gc")(checkpoints_gc)
 CheckpointArg = Annotated[str, typer.Argument(help="An alias, a step, or the start of a sha256.")]
 AliasArg = Annotated[str, typer.Argument(help="Name of the alias, e.g. production.")]
 
@@ -36,11 +39,13 @@ def checkpoints_list(
     [bold]Example[/]: itpn checkpoints list --root runs/demo --task classify
     """
     registry = Registry(root_of(root))
-    names = _names(registry)
+    names, gone = _names(registry), Deletions(registry).done()
     rows = [r for r in registry.checkpoints() if run_name in (None, r.run)]
     rows = [r for r in rows if task in (None, r.checkpoint.task)]
     if as_json:
-        found = [r.model_dump(mode="json") | {"aliases": names.get(_key(r), [])} for r in rows]
+        found = [
+            r.model_dump(mode="json") | {"aliases": names.get(_key(r), []), "deleted": _gone(r, gone)} for r in rows
+        ]  # fmt: skip
         view.print_json({"ok": True, "root": registry.root, "checkpoints": found})
         return
     if not rows:
@@ -51,7 +56,7 @@ def checkpoints_list(
         table.add_column(heading, justify="right" if heading in ("seed", "MB") else "left", overflow="fold")
     for r in rows:
         c = r.checkpoint
-        aliases = ", ".join(names.get(_key(r), []))
+        aliases = ", ".join([*names.get(_key(r), []), *(["(deleted)"] if _gone(r, gone) else [])])
         facts = (
             r.created_at[:19],
             r.step,
@@ -77,13 +82,17 @@ def checkpoints_show(checkpoint: CheckpointArg, root: RootOpt = "", as_json: Jso
     origin = lineage(registry.root, row.step)
     results = [r for r in registry.results() if r.checkpoint_sha256 == row.checkpoint.sha256]
     aliases = _names(registry).get(_key(row), [])
+    deleted = _gone(row, Deletions(registry).done())
     if as_json:
         payload: dict[str, Any] = {"checkpoint": row.model_dump(mode="json"), "aliases": aliases}
+        payload["deleted"] = deleted
         payload |= {"lineage": origin, "results": [r.model_dump(mode="json") for r in results]}
         view.print_json({"ok": True, "root": registry.root, **payload})
         return
     console = console_of(False)
     facts: dict[str, Any] = {"weights": row.checkpoint.uri, "sha256": row.checkpoint.sha256}
+    if deleted:
+        facts["deleted"] = f"{deleted['at'][:19]} by {deleted['by']}@{deleted['host']}: {deleted['why']}"
     facts |= {"MB": f"{row.checkpoint.bytes / 1e6:.1f}", "aliases": ", ".join(aliases) or "–", **row.metrics}
     facts |= {f"{r.dataset}/{r.split}/{r.metric}": f"{r.value:.5g}" for r in results}
     for key, value in facts.items():
@@ -109,9 +118,13 @@ def checkpoints_verify(
     rows = [find(registry, checkpoint)] if checkpoint else list(registry.checkpoints())
     findings = verify(registry, rows)
     bad = [f for f in findings if not f["ok"]]
+    deleted = [f for f in findings if f.get("deleted")]
+    for finding in deleted:
+        err.print(Text(f"{finding['step']}: {finding['found']}"), soft_wrap=True)
     for finding in bad:
         err.print(Text(f"damaged: {finding['step']}/{finding['path']}: {finding['found']}"), soft_wrap=True)
-    console_of(as_json).print(f"{len(findings)} files of {len(rows)} checkpoints read, {len(bad)} damaged")
+    counts = f"{len(findings) - len(deleted)} files of {len(rows) - len(deleted)} checkpoints read, {len(bad)} damaged"
+    console_of(as_json).print(counts + (f"; {len(deleted)} checkpoints were deleted" if deleted else ""))
     if as_json:
         view.print_json({"ok": not bad, "exit_code": 5 if bad else 0, "files": findings})
     raise typer.Exit(5 if bad else 0)
@@ -189,6 +202,7 @@ def checkpoints_export(
     """
     registry = Registry(root_of(root))
     row = find(registry, checkpoint)
+    Deletions(registry).refuse_deleted(row.checkpoint.uri)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty", remedy="name a new folder")
     names = []
@@ -212,6 +226,11 @@ def _tell(alias: Alias, as_json: bool) -> None:
     )
     if as_json:
         view.print_json({"ok": True, "alias": alias.name, "current": now.model_dump(mode="json")})
+
+
+def _gone(row: CheckpointRow, gone: dict[str, Deletion]) -> dict[str, Any] | None:
+    found = gone.get(row.checkpoint.uri)
+    return found.model_dump(mode="json") if found else None
 
 
 def _key(row: CheckpointRow) -> tuple[str, str]:

@@ -12,12 +12,14 @@ import random
 import re
 import time
 import uuid
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
 
 from cluster import storage
 from cluster.errors import AlreadyExists, ConfigError, ItpnError, NotFound, StorageUnavailable
+from pipeline.registry.deletions import Deletions
 from pipeline.registry.events import CheckpointRow
 from pipeline.registry.rules import check_rule
 from pipeline.registry.store import Registry
@@ -62,12 +64,23 @@ class Alias(BaseModel):
     def current(self) -> Move:
         return self.moves[-1]
 
+    @property
+    def stack(self) -> list[Move]:
+        """The moves that no roll-back undid, oldest first; the last of them is where the alias points."""
+        found: list[Move] = []
+        for move in self.moves:
+            if move.rolled_back_from is None:
+                found.append(move)
+            else:
+                found.pop()
+        return found
+
 
 class Aliases:
     """The aliases of one registry."""
 
     def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+        self._registry, self._deletions = registry, Deletions(registry)
 
     def all(self) -> dict[str, Alias]:
         """Every alias by name."""
@@ -89,10 +102,12 @@ class Aliases:
         alias uses what that alias points at in the very version that the move replaces, when it is this one.
 
         Raises:
-            RuleRefused: the rule does not hold. NotFound: the weights or the step's record are gone.
+            RuleRefused: the rule does not hold. Deleted: retention deleted the files.
+            NotFound: the weights or the step's record are gone.
             ConfigError: a bad name or rule.
         """
         if not storage.exists(row.checkpoint.uri):
+            self._deletions.refuse_deleted(row.checkpoint.uri)
             raise NotFound(f"{row.checkpoint.uri} is not there", remedy="promote a checkpoint that exists")
         if not storage.exists(storage.join(self._registry.root, row.step, "record.json")):
             raise NotFound(f"{row.step} has no record", remedy="promote the output of a finished step")
@@ -118,18 +133,13 @@ class Aliases:
     def rollback(self, name: str) -> Alias:
         """Point the alias at what it pointed at before; a second roll-back goes one further back.
 
-        Raises ConfigError when there is nothing before, NotFound when its weights are gone.
+        Raises ConfigError when there is nothing before, Deleted or NotFound when its weights are gone.
         """
 
         def next_move(alias: Alias | None) -> Move:
             if alias is None:
                 raise ConfigError(f"there is no alias '{name}'", remedy=nearest(name, list(self.all())))
-            stack: list[Move] = []
-            for move in alias.moves:
-                if move.rolled_back_from is None:
-                    stack.append(move)
-                else:
-                    stack.pop()
+            stack = alias.stack
             if len(stack) < 2:
                 raise ConfigError(
                     f"'{name}' has nothing to go back to",
@@ -138,6 +148,7 @@ class Aliases:
                 )
             before = stack[-2]
             if not storage.exists(before.checkpoint):
+                self._deletions.refuse_deleted(before.checkpoint)
                 raise NotFound(f"{before.checkpoint} is not there", remedy="promote another checkpoint")
             return _move(
                 before.step, before.checkpoint, before.checkpoint_sha256, rolled_back_from=alias.current.id
@@ -146,19 +157,29 @@ class Aliases:
         return self._append(name, next_move)
 
     def _append(self, name: str, next_move) -> Alias:  # next_move: (Alias | None) -> Move
+        """Add the move that `next_move` makes of the alias as it is, however often others are quicker."""
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name):
             raise ConfigError(
                 f"'{name}' is no name of an alias", expected="a-z, 0-9, '.', '_', '-'; at most 64 characters"
             )
         self._registry.check_store()
+        with ExitStack() as pins:
+            return self._move(name, next_move, pins)
+
+    def _move(self, name: str, next_move, pins: ExitStack) -> Alias:
         uri, began, pause_s = self._uri(name), time.monotonic(), 0.01
+        pinned: set[str] = set()
         while time.monotonic() - began < PATIENCE_S:
             try:
                 data, version = storage.read_versioned(uri)
                 alias: Alias | None = Alias.model_validate_json(data)
             except NotFound:
                 alias, version = None, ""
-            moves = [*(alias.moves if alias else []), next_move(alias)]
+            move = next_move(alias)
+            if move.checkpoint not in pinned:  # before the alias, so that no deletion can come in between
+                pins.enter_context(self._deletions.pinned(move.checkpoint, f"'{name}' is moved to it"))
+                pinned.add(move.checkpoint)
+            moves = [*(alias.moves if alias else []), move]
             wanted = Alias(name=name, moves=moves)
             data = json.dumps(wanted.model_dump(mode="json")).encode()
             if alias is None:
@@ -171,7 +192,7 @@ class Aliases:
                 return wanted
             # Refused. Yet an answer that was lost on its way may have hidden that ours was first and others followed.
             now = self.get(name)
-            if now and any(move.id == moves[-1].id for move in now.moves):
+            if now and any(other.id == move.id for other in now.moves):
                 return now
             time.sleep(random.uniform(0, pause_s))
             pause_s = min(2 * pause_s, 0.5)

@@ -104,7 +104,23 @@ class RunRow(Event):
     gpu_seconds: float = 0.0
 
 
-FOLDERS: dict[str, type[Event]] = {"results": ResultRow, "checkpoints": CheckpointRow, "runs": RunRow}
+class DeletionRow(Event):
+    """The files of a checkpoint were deleted by retention; its record and results stay."""
+
+    checkpoint: str
+    checkpoint_sha256: str
+    bytes: int
+    why: str
+    by: str
+    host: str
+
+
+FOLDERS: dict[str, type[Event]] = {
+    "results": ResultRow,
+    "checkpoints": CheckpointRow,
+    "runs": RunRow,
+    "deletions": DeletionRow,
+}
 
 
 def events_of(record: Record) -> list[tuple[str, Event]]:

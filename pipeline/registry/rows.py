@@ -75,7 +75,24 @@ RUNS = pa.schema(
         *_END,
     ]
 )
-SCHEMAS: dict[str, pa.Schema] = {"results": RESULTS, "checkpoints": CHECKPOINTS, "runs": RUNS}
+DELETIONS = pa.schema(
+    [
+        *_EVENT,
+        ("checkpoint", pa.string()),
+        ("checkpoint_sha256", pa.string()),
+        ("bytes", pa.int64()),
+        ("why", pa.string()),
+        ("by", pa.string()),
+        ("host", pa.string()),
+        *_END,
+    ]
+)
+SCHEMAS: dict[str, pa.Schema] = {
+    "results": RESULTS,
+    "checkpoints": CHECKPOINTS,
+    "runs": RUNS,
+    "deletions": DELETIONS,
+}
 
 
 class Rows(list[Row], Generic[Row]):

@@ -4,7 +4,8 @@
     {root}/registry/checkpoints/<id>.json   one finished checkpoint
     {root}/registry/runs/<id>.json          how a step ended
     {root}/registry/aliases/<name>.json     where an alias points, with its history (aliases.py)
-    {root}/registry/deleted/<key>.json      checkpoints whose files were removed (retention.py)
+    {root}/registry/deletions/<id>.json     files of a checkpoint were deleted
+    {root}/registry/{deleted,pins}/…        by which deletion and use agree (deletions.py)
     {root}/registry/delta/{results,…}       a view of the events for SQL engines (delta.py)
 
 An event's id is a hash (events.py), so publishing the same record twice adds nothing.

@@ -1,36 +1,52 @@
-"""Evaluate a classifier checkpoint on a split; returns an EvaluationRef with what each evaluator yielded."""
+"""Evaluate a checkpoint on a split with a list of evaluators; returns an EvaluationRef with what they yielded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
+from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError
-from stages.artifacts import Artifact, CheckpointRef, DatasetRef, EvaluationRef, Measurement, Outcome
-from stages.context import Progress, StageContext
-from stages.evaluate.config import EvaluateConfig
+from stages.artifacts import (
+    Artifact,
+    CheckpointRef,
+    DatasetRef,
+    EvaluationRef,
+    FileInfo,
+    Measurement,
+    Outcome,
+)
+from stages.context import StageContext
+from stages.evaluate.config import Acceleration, Classification, EvaluateConfig, Knn, Linear, Real, Speed
+from stages.evaluate.found import Found
 from stages.train.launch import as_rank, spec_of
+
+if TYPE_CHECKING:
+    from stages.evaluate.classification import ClassificationMeter
+    from stages.evaluate.real import RealMeter
+    from stages.evaluate.workbench import Workbench
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
-    """Measure the checkpoint.
+    """Measure the checkpoint: a classifier, or, with evaluators that need no head, a pre-trained backbone.
 
     Raises:
-        ConfigError: an input is missing or of another kind, or sizes do not fit.
-        DataInvalid: weights or data are broken.
+        ConfigError: an input is missing or of another kind, or sizes or classes do not fit.
+        DataInvalid: weights, data or label files are broken.
     """
     data, checkpoint = inputs.get("data"), inputs.get("checkpoint")
     if not isinstance(data, DatasetRef):
         raise ConfigError("evaluate needs the input 'data'", expected="a data set", found=data and data.kind)
-    if not isinstance(checkpoint, CheckpointRef) or checkpoint.task != "classify":
+    if not isinstance(checkpoint, CheckpointRef):
         raise ConfigError(
             "evaluate needs the input 'checkpoint'",
-            expected="a classifier",
-            found=f"a checkpoint of task {checkpoint.task}"
-            if isinstance(checkpoint, CheckpointRef)
-            else checkpoint,
-            remedy="fine-tune it first",
+            expected="a checkpoint",
+            found=checkpoint and checkpoint.kind,
         )
     spec = spec_of(
         context,
@@ -39,19 +55,47 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: StageCo
         checkpoint=checkpoint.model_dump(),
     )
     result = context.executor.workers(evaluate_rank, spec, context.resources)
-    measurements = [Measurement(metric=name, value=value) for name, value in result["measurements"]]
+    found = [Found(**item) for item in result["found"]]
+    measurements = [
+        Measurement(
+            metric=metric,
+            value=value,
+            evaluator=item.evaluator,
+            samples=item.samples,
+            variant=item.variant,
+            on_data=item.on_data,
+        )
+        for item in found
+        for metric, value in item.values
+        if math.isfinite(value)
+    ]
+    headline: dict[str, float] = {}
+    for measured in measurements:
+        headline.setdefault(measured.metric, measured.value)
     return Outcome(
         artifact=EvaluationRef(
             dataset=data.name,
             split=config.split,
-            samples=result["samples"],
+            samples=data.splits[config.split],
+            data_fingerprint=data.fingerprint,
             evaluator=config.identity(),
             checkpoint=checkpoint,
             measurements=measurements,
         ),
-        files=[],
-        metrics={m.metric: m.value for m in measurements},
+        files=[FileInfo(**info) for info in result["files"]],
+        metrics=headline,
+        notes=[note for item in found for note in [*item.notes, *_lost(item)]],
     )
+
+
+def _lost(item: Found) -> Iterator[str]:
+    """Figures that are no numbers are left out of the registry, which would take them for values; they are told."""
+    for metric, value in item.values:
+        if not math.isfinite(value):
+            yield (
+                f"{metric} {item.variant}".rstrip()
+                + f" is {value}: it is not recorded (are the weights broken?)"
+            )
 
 
 def evaluate_rank(spec: dict[str, Any]) -> dict[str, Any]:
@@ -61,44 +105,147 @@ def evaluate_rank(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluate(config: EvaluateConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:
+    from stages.evaluate.setting import Weights
+    from stages.evaluate.workbench import Workbench
+
+    weights = Weights.open(spec["checkpoint"]["uri"], spec["checkpoint"]["sha256"])
+    bench = Workbench(config, weights, spec["data"], world=world, out=spec["out"])
+    found = [*_of_predictions(bench), *_of_features(bench), *_of_speed(bench)]
+    files = distributed.on_rank_zero(lambda: _write_tables(found, spec))
+    bench.finish(**{metric: value for item in found[:1] for metric, value in item.values})
+    return {"found": [asdict(item) | {"table": None} for item in found], "files": files}
+
+
+def _of_predictions(bench: Workbench) -> Iterator[Found]:
+    """Evaluators of logits; those of one setting share one pass over the split."""
+    from stages.evaluate.workbench import own_facts, passes_of_logits
+
+    for setting, evaluators in passes_of_logits(bench):
+        meters = [_meter(bench, evaluator) for evaluator in evaluators]
+        for batch, logits_BK in bench.logits(setting):
+            for meter in meters:
+                meter.update(batch, logits_BK)
+        for evaluator, meter in zip(evaluators, meters, strict=True):
+            values = list(meter.finish())
+            yield Found(
+                values=values,
+                samples=meter.covered,
+                evaluator=own_facts(evaluator) | meter.facts | bench.class_facts() | setting.facts,
+                variant=" ".join(filter(None, [meter.variant, setting.variant])),
+                table=meter.table(),
+                notes=meter.notes,
+            )
+
+
+def _meter(bench: Workbench, evaluator: Classification | Real) -> ClassificationMeter | RealMeter:
+    from stages.evaluate.classification import ClassificationMeter
+    from stages.evaluate.label_space import match
+    from stages.evaluate.real import RealMeter, read_labels
+    from stages.evaluate.setting import refuse_without_head
+
+    rows, dataset, names = bench.weights.num_classes, bench.split(bench.config.split), bench.class_names()
+    refuse_without_head(evaluator.kind, rows)
+    if isinstance(evaluator, Real):
+        labels, digest = read_labels(evaluator.labels, evaluator.sha256, rows)
+        return RealMeter(labels, digest, dataset.key, names, device=bench.device, samples=len(dataset))
+    space = match(bench.data_name, dataset.classes, names, rows)
+    return ClassificationMeter(evaluator, space, dataset.classes, device=bench.device, samples=len(dataset))
+
+
+def _of_features(bench: Workbench) -> Iterator[Found]:
+    """Evaluators of frozen features; those of one setting share the features."""
+    from stages.evaluate.knn import knn
+    from stages.evaluate.linear import LinearProbe
+    from stages.evaluate.workbench import own_facts
+
+    for evaluator in bench.config.evaluators:
+        if not isinstance(evaluator, Knn | Linear):
+            continue
+        setting = bench.setting(evaluator)
+        train = bench.features(setting, evaluator.train_split)
+        query = bench.features(setting, bench.config.split)
+        classes = bench.split(bench.config.split).num_classes
+        notes = []
+        if isinstance(evaluator, Knn):
+            values = list(knn(evaluator, train, query, classes))
+        else:
+            probe = LinearProbe(evaluator, train, classes)
+            values, notes = list(probe.values(query)), probe.notes()
+        yield Found(
+            values=values,
+            samples=query.total,
+            evaluator=own_facts(evaluator) | setting.facts,
+            variant=setting.variant,
+            notes=notes,
+        )
+
+
+def _of_speed(bench: Workbench) -> Iterator[Found]:
+    """Every combination of settings, sizes and batches, measured by rank 0 while the others wait."""
+    for evaluator in bench.config.evaluators:
+        if isinstance(evaluator, Speed):
+            sizes = evaluator.image_sizes or (bench.config.data.view.size,)
+            for size, acceleration in product(sizes, evaluator.settings):
+                found = distributed.on_rank_zero(partial(_speeds, bench, evaluator, acceleration, size))
+                yield from (Found(**item) for item in found)
+
+
+def _speeds(
+    bench: Workbench, evaluator: Speed, acceleration: Acceleration, size: int
+) -> list[dict[str, Any]]:
+    """One model at every batch size. A batch that does not fit into the GPU's memory is left out, with a note."""
     import torch
 
-    from stages.data.dataset import ShardDataset
-    from stages.data.feed import EvalFeed
-    from stages.evaluate.classification import classification
-    from stages.model import load
+    from stages.evaluate.setting import acceleration_of, configure, name_of
+    from stages.evaluate.speed import device_name, speed
+    from stages.model.flops import backbone_flops
 
-    dataset = ShardDataset.open(spec["data"]["manifest"], config.split, config.data.cache)
-    model = load(spec["checkpoint"]["uri"], sha256=spec["checkpoint"]["sha256"])
-    classes = getattr(model, "num_classes", None)
-    if classes != dataset.num_classes:
-        raise ConfigError(
-            "the classifier and the data set have different classes",
-            expected=f"{dataset.num_classes} classes",
-            found=classes,
-            remedy="evaluate on the data set that it was fine-tuned on",
+    backbone = configure(bench.weights.backbone, acceleration, size)
+    model = bench.weights.model(backbone).to(bench.device, bench.dtype)
+    flops = backbone_flops(backbone, size, size, bench.weights.num_classes).total
+    found = []
+    for batch in evaluator.batch_sizes:
+        values, notes, variant = [], [], f"{name_of(backbone)} {size}px b{batch}"
+        how = {"warmup": evaluator.warmup, "iterations": evaluator.iterations}
+        try:
+            values = list(
+                speed(
+                    model,
+                    batch=batch,
+                    image_size=size,
+                    flops=flops,
+                    device=bench.device,
+                    dtype=bench.dtype,
+                    **how,
+                )
+            )
+        except torch.OutOfMemoryError:
+            notes = [f"speed {variant}: a batch does not fit into the memory of {device_name(bench.device)}"]
+        facts = {"batch_size": batch, "image_size": size, "acceleration": acceleration_of(backbone), **how}
+        facts |= {"kind": "speed", "precision": bench.config.precision, "device": device_name(bench.device)}
+        item = Found(
+            values=values,
+            samples=batch * evaluator.iterations,
+            evaluator=facts,
+            variant=variant,
+            on_data=False,
+            notes=notes,
         )
-    model.to(world.device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
-    progress = Progress(spec["out"], total=len(dataset), unit="images") if world.rank == 0 else None
-    feed = EvalFeed(
-        dataset,
-        config.data.view,
-        rank=world.rank,
-        world_size=world.world_size,
-        batch_size=config.data.batch_size,
-        loader_workers=config.data.loader_workers,
-    )
-    with feed:
-        watched = _watched(feed, progress, world.world_size) if progress else feed
-        found = list(classification(model, watched, config, device=world.device, samples=len(dataset)))
-    if progress:
-        progress.update(len(dataset), state="done", force=True, **dict(found))
-    return {"measurements": found, "samples": len(dataset)}
+        found.append(asdict(item))
+    return found
 
 
-def _watched(feed: Any, progress: Progress, world_size: int) -> Any:
-    done = 0
-    for batch in feed:
-        yield batch
-        done += len(batch.labels)
-        progress.update(done * world_size)
+def _write_tables(found: list[Found], spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """A JSON file for every evaluator that has a table: `classification.json`, `classification-both-384px.json`."""
+    files = []
+    for item in found:
+        if item.table is None:
+            continue
+        name = "-".join([item.evaluator["kind"], *item.variant.split()])
+        uri = storage.join(spec["files"], f"{name}.json")
+        content = {"evaluator": item.evaluator, **item.table}
+        sha256 = storage.write_json_exclusive(uri, content)
+        size = len(storage.canonical_json(content))
+        path = uri.removeprefix(storage.join(spec["out"]) + "/")
+        files.append(FileInfo(path=path, bytes=size, sha256=sha256).model_dump())
+    return files

@@ -124,10 +124,3 @@ def test_error_of_ours_on_one_rank_is_not_retried(session: Session, tmp_path: Pa
 def test_absent_cluster_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="no Ray cluster answers"):
         Session("127.0.0.1:1")
-
-
-@pytest.mark.parametrize(("workers", "gpus"), [(2, 0.5), (1, 1.5)])
-def test_share_of_a_gpu_that_nobody_can_give_is_refused(workers: int, gpus: float) -> None:
-    with pytest.raises(ConfigError, match="cannot be given"):
-        Resources(workers=workers, gpus=gpus)
-    assert Resources(gpus=0.25).gpus + Resources(workers=8, gpus=2).gpus == 2.25

@@ -59,6 +59,15 @@ def train(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> O
     return Outcome(artifact=reference, files=files, metrics={"loss": config.value})
 
 
+def train_from(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
+    """`train` that reads the weights it starts from, as fine-tuning does."""
+    if "init" in inputs:
+        storage.read_bytes(inputs["init"].uri)
+    outcome = train(config, inputs, context)
+    task = "classify" if "init" in inputs else "pretrain"
+    return outcome.model_copy(update={"artifact": outcome.artifact.model_copy(update={"task": task})})
+
+
 def evaluate(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
     with _lock:
         CALLS.append(context.out)

@@ -1,81 +1,111 @@
-"""Evaluation: exact on any number of processes, and equal to a straightforward computation."""
+"""Evaluation: exact on any number of processes, and equal to a straightforward computation and to scikit-learn."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
 from cluster.errors import ConfigError
-from cluster.hashing import sha256_file
-from stages.artifacts import CheckpointRef, DatasetRef, Outcome
+from stages.artifacts import DatasetRef, Outcome
 from stages.context import StageContext
-from stages.data.config import EvalDataConfig
 from stages.data.dataset import ShardDataset
-from stages.data.view import EvalView
-from stages.evaluate.classification import rank_of_label
-from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.classification import ClassificationMeter, rank_of_label
+from stages.evaluate.config import Classification
+from stages.evaluate.label_space import match
 from stages.evaluate.stage import run
-from stages.model import BackboneConfig, Classifier, save_model
+from stages.model import save_model
+from tests.stages.evaluate import models
 from tests.stages.images import shard_folder, write_image_folder
 from tests.stages.train import ranks
 
 pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
 
-BACKBONE = BackboneConfig(img_size=32, embed_dim=32, depths=(1, 1, 1), num_heads=2)
-CONFIG = EvaluateConfig(data=EvalDataConfig(view=EvalView(size=32, crop_pct=1.0), batch_size=4))
 CLASSES = 7
+CONFIG = models.config({"kind": "classification"}, {"kind": "knn", "k": 5}, {"kind": "linear", "l2": 0.1})
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetRef:
-    """7 classes and 35 val images: neither 2 nor 3 processes share them evenly, nor do batches of 4."""
-    images = write_image_folder(tmp_path_factory.mktemp("images"), classes=CLASSES, train=1, val=5)
+    """7 classes and 35 images in each split: neither 2 nor 3 processes share them evenly, nor do batches of 4."""
+    images = write_image_folder(tmp_path_factory.mktemp("images"), classes=CLASSES, train=5, val=5)
     return shard_folder(images, tmp_path_factory.mktemp("shards"), shard_samples=8)
 
 
-def checkpoint(folder: Path, dataset: DatasetRef, classes: int = CLASSES) -> CheckpointRef:
-    torch.manual_seed(0)
-    model = Classifier(BACKBONE, classes, head_init_scale=10.0)
-    save_model(folder, model.state_dict(), model.describe())
-    path = folder / "model.safetensors"
-    return CheckpointRef(
-        uri=str(path), sha256=sha256_file(path), bytes=path.stat().st_size, step=1, task="classify",
-        dataset=dataset.name, data_fingerprint=dataset.fingerprint, seed=0,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory, dataset: DatasetRef) -> CheckpointRef:
-    return checkpoint(tmp_path_factory.mktemp("classifier"), dataset)
+def classifier(tmp_path_factory, dataset):
+    return models.save_classifier(tmp_path_factory.mktemp("classifier"), dataset, CLASSES)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, dataset, classifier) -> Outcome:
-    context = StageContext(out=str(tmp_path_factory.mktemp("alone")))
+    context = StageContext(out=str(tmp_path_factory.mktemp("alone")), attempt="a")
     return run(CONFIG, {"data": dataset, "checkpoint": classifier}, context)
 
 
-def test_figures_equal_a_straightforward_computation(alone, dataset, classifier):
-    torch.manual_seed(0)
-    model = Classifier(BACKBONE, CLASSES, head_init_scale=10.0).eval()
-    stored = ShardDataset.open(dataset.manifest, "val")
-    samples = stored.read(np.arange(len(stored)))
-    images = torch.stack([CONFIG.data.view.render(s.bytes, np.empty(0)) for s in samples]).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CONFIG.mean, CONFIG.std))
+@pytest.fixture(scope="module")
+def logits_and_labels(dataset) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = models.images_and_labels(dataset, "val")
     with torch.no_grad():
-        logits = model((images / 255 - mean) / std)
-    labels = torch.tensor([s.label for s in samples])
-    top5 = logits.topk(5).indices
+        return models.classifier(CLASSES)(images).numpy(), labels.numpy()
+
+
+@pytest.fixture(scope="module")
+def table(alone, tmp_path_factory) -> dict:
+    [info] = alone.files
+    return json.loads((Path(alone.artifact.checkpoint.uri).parents[1] / "alone0" / info.path).read_text())
+
+
+def test_figures_equal_scikit_learn(alone, logits_and_labels):
+    logits, labels = logits_and_labels
+    probability = torch.tensor(logits).double().softmax(1).numpy()
+    every = np.arange(CLASSES)
+    recalls = sklearn.metrics.recall_score(
+        labels, logits.argmax(1), average=None, labels=every, zero_division=0
+    )
     expected = {
-        "top1": 100 * (logits.argmax(1) == labels).float().mean().item(),
-        "top5": 100 * (top5 == labels[:, None]).any(1).float().mean().item(),
-        "loss": torch.nn.functional.cross_entropy(logits, labels).item(),
+        "top1": 100 * sklearn.metrics.accuracy_score(labels, logits.argmax(1)),
+        "top5": 100 * sklearn.metrics.top_k_accuracy_score(labels, logits, k=5, labels=every),
+        "loss": sklearn.metrics.log_loss(labels, probability, labels=every),
+        "mean_class_top1": 100 * sklearn.metrics.balanced_accuracy_score(labels, logits.argmax(1)),
+        "worst_class_top1": 100 * recalls.min(),
     }
-    assert alone.metrics == pytest.approx(expected, rel=1e-5)
+    assert {name: alone.metrics[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert alone.artifact.samples == 35 and 0 < expected["top1"] < expected["top5"] < 100
+
+
+def test_calibration_error_follows_its_definition(alone, logits_and_labels, table):
+    logits, labels = logits_and_labels
+    probability = torch.tensor(logits).double().softmax(1).numpy()
+    confidence, hit = probability.max(1), probability.argmax(1) == labels
+    expected, filled = 0.0, 0
+    for m in range(15):
+        chosen = (confidence > m / 15) & (confidence <= (m + 1) / 15)
+        if chosen.any():
+            expected += chosen.mean() * abs(hit[chosen].mean() - confidence[chosen].mean())
+            filled += 1
+    assert alone.metrics["ece"] == pytest.approx(expected, rel=1e-5) and filled > 2
+    assert sum(item["samples"] for item in table["calibration"]) == 35
+
+
+def test_file_lists_every_class_and_the_confusions(alone, logits_and_labels, table, dataset):
+    logits, labels = logits_and_labels
+    names = ShardDataset.open(dataset.manifest, "val").classes
+    matrix = sklearn.metrics.confusion_matrix(labels, logits.argmax(1), labels=np.arange(CLASSES))
+    assert [item["class"] for item in table["classes"]] == names
+    assert [item["samples"] for item in table["classes"]] == matrix.sum(1).tolist()
+    assert [item["top1"] for item in table["classes"]] == pytest.approx(
+        100 * matrix.diagonal() / matrix.sum(1)
+    )
+    found = {(item["class"], item["predicted"]): item["samples"] for item in table["confused"]}
+    pairs = [(i, j) for i in range(CLASSES) for j in range(CLASSES) if i != j and matrix[i, j]]
+    assert found == {(names[i], names[j]): matrix[i, j] for i, j in pairs}
+    assert [item["samples"] for item in table["confused"]] == sorted(found.values(), reverse=True)
+    assert table["evaluator"] == alone.artifact.measurements[0].evaluator
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -87,24 +117,76 @@ def test_counts_are_exact_on_uneven_shares(alone, dataset, classifier, tmp_path,
     }  # fmt: skip
     codes = ranks.run(world_size, spec, tmp_path, script=Path(__file__).with_name("rank.py"))
     assert codes == [0] * world_size, ranks.errors(tmp_path)
-    found = Outcome.model_validate_json((tmp_path / "result").read_text()).metrics
-    assert found["top1"] == alone.metrics["top1"] and found["top5"] == alone.metrics["top5"]
-    assert found["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-5)
+    found = Outcome.model_validate_json((tmp_path / "result").read_text())
+    for name in ("top1", "top5", "mean_class_top1", "worst_class_top1", "knn_top1", "linear_top1"):
+        assert found.metrics[name] == alone.metrics[name]
+    assert found.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-5)
+    assert found.metrics["ece"] == pytest.approx(alone.metrics["ece"], rel=1e-4)
+    mine, theirs = (
+        json.loads((Path(folder) / outcome.files[0].path).read_text())
+        for folder, outcome in (
+            (tmp_path / "out", found),
+            (Path(classifier.uri).parents[1] / "alone0", alone),
+        )
+    )
+    assert mine["classes"] == theirs["classes"] and mine["confused"] == theirs["confused"]
+
+
+def test_measurements_say_what_decides_them(alone, dataset):
+    by_metric = {m.metric: m for m in alone.artifact.measurements}
+    assert {"top1", "top5", "loss", "ece", "knn_top1", "linear_top1"} <= set(by_metric)
+    assert alone.artifact.data_fingerprint == dataset.fingerprint
+    evaluator = by_metric["knn_top1"].evaluator
+    assert evaluator == {
+        "kind": "knn", "train_split": "train", "k": 5, "temperature": 0.07, "split": "val", "precision": "fp32",
+        "view": {"kind": "eval", "size": 32, "crop_pct": 1.0}, "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225], "acceleration": {"migration": None, "gathering": None},
+    }  # fmt: skip
+    assert {m.variant for m in alone.artifact.measurements} == {""}
+
+
+def test_broken_weights_score_nothing_and_are_told(dataset, tmp_path):
+    model = models.classifier(CLASSES)
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    save_model(tmp_path, model.state_dict(), model.describe())
+    broken = models.reference(tmp_path, dataset, "classify")
+    only = models.config({"kind": "classification"})
+    outcome = run(only, {"data": dataset, "checkpoint": broken}, StageContext(out=str(tmp_path / "out")))
+    assert outcome.metrics["top1"] == outcome.metrics["top5"] == 0
+    assert not {"loss", "ece"} & {m.metric for m in outcome.artifact.measurements}
+    assert [note for note in outcome.notes if note.startswith("loss is nan: it is not recorded")]
+    written = json.loads((tmp_path / "out" / outcome.files[0].path).read_text())
+    assert {item["predicted"] for item in written["confused"]} == {"(not finite)"}
 
 
 def test_classifier_of_other_classes_is_refused(dataset, tmp_path):
-    wrong = checkpoint(tmp_path, dataset, classes=5)
+    wrong = models.save_classifier(tmp_path, dataset, 5)
     with pytest.raises(ConfigError, match="different classes") as error:
         run(CONFIG, {"data": dataset, "checkpoint": wrong}, StageContext(out=str(tmp_path / "out")))
     assert "found:    5" in str(error.value)
 
 
-def test_pretrained_checkpoint_must_be_fine_tuned_first(dataset, classifier, tmp_path):
-    backbone = classifier.model_copy(update={"task": "pretrain"})
-    with pytest.raises(ConfigError, match="needs the input 'checkpoint'"):
-        run(CONFIG, {"data": dataset, "checkpoint": backbone}, StageContext(out=str(tmp_path)))
+def test_pretrained_checkpoint_has_no_classes_to_count(dataset, tmp_path):
+    backbone = models.save_pretrained(tmp_path, dataset)
+    with pytest.raises(ConfigError, match="'classification' needs a classifier") as error:
+        run(CONFIG, {"data": dataset, "checkpoint": backbone}, StageContext(out=str(tmp_path / "out")))
+    assert "knn" in error.value.remedy
+
+
+def test_unknown_kind_or_field_of_an_evaluator_is_named():
+    with pytest.raises(ConfigError, match="'knn'"):
+        models.config({"kind": "kmeans"})
+    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
+        models.config({"kind": "knn", "temprature": 1.0})
 
 
 def test_ties_and_broken_logits_never_count_as_hits_by_luck():
     logits = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [float("nan"), 0.0, 0.0], [0.0, 0.0, 3.0]])
     assert rank_of_label(logits, torch.tensor([0, 1, 0, 2])).tolist() == [0, 1, 3, 0]
+
+
+def test_a_lost_sample_is_noticed():
+    space = match("d", ["a", "b"], None, 2)
+    meter = ClassificationMeter(Classification(), space, ["a", "b"], device="cpu", samples=3)
+    with pytest.raises(AssertionError, match="saw 0 of 3"):
+        list(meter.finish())

@@ -5,9 +5,11 @@ The model has drop-out (so that random state matters) and a buffer; samples are 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -53,40 +55,49 @@ class Batch:
 
 
 class Killer:
-    """Kills this process at instants that the spec lists, each only once over all restarts."""
+    """Kills this process inside the saves that the spec lists, each only once over all restarts.
+
+    A kill is {"where": "before upload_file", "step": 8, "rank": 0, "call": 1}: before the second file of step 8.
+    """
 
     def __init__(self) -> None:
         self.kills: list[dict[str, Any]] = []
-        self.counts: dict[str, int] = {}
+        self.calls: dict[tuple[str, int], int] = {}
 
     def install(self, spec: dict[str, Any], rank: int) -> None:
         """Watch the calls that make a save: writing a local file, uploading it, committing the manifest."""
-        self.kills, self.folder = spec["kills"], Path(spec["out"])
+        self.folder, self.slow_s = Path(spec["out"]), spec.get("upload_s", 0.0)
+        self.kills = [{"index": i, "call": 0, **k} for i, k in enumerate(spec["kills"]) if k["rank"] == rank]
         for module, name in (
             (state, "save_file"),
             (storage, "upload_file"),
             (storage, "write_json_exclusive"),
         ):
-            setattr(module, name, self._watched(getattr(module, name), name, rank))
+            setattr(module, name, self._watched(getattr(module, name), name))
 
-    def at(self, where: str, number: int, rank: int) -> None:
-        for index, kill in enumerate(self.kills):
-            if (kill["where"], kill["number"], kill["rank"]) == (where, number, rank):
+    def at(self, where: str, step: int, call: int) -> None:
+        for kill in self.kills:
+            if (kill["where"], kill["step"], kill["call"]) == (where, step, call):
                 try:
-                    (self.folder / f"killed-{index}").touch(exist_ok=False)
+                    (self.folder / f"killed-{kill['index']}").touch(exist_ok=False)
                 except FileExistsError:
                     continue
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def _watched(self, call: Any, name: str, rank: int) -> Any:
+    def _watched(self, function: Any, name: str) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self.counts[name] = number = self.counts.get(name, 0) + 1
-            if name == "save_file" and any(k["where"] == "half " + name for k in self.kills):
+            texts = " ".join(str(arg) for arg in args if isinstance(arg, (str, Path)))
+            step = int(re.findall(r"\b\d{9}\b", texts)[0])
+            call = self.calls.get((name, step), 0)
+            self.calls[name, step] = call + 1
+            if name == "upload_file":
+                time.sleep(self.slow_s)
+            if name == "save_file" and any(k["where"] == "half save_file" for k in self.kills):
                 Path(args[1]).write_bytes(b"half a file")
-                self.at("half " + name, number, rank)
-            self.at("before " + name, number, rank)
-            result = call(*args, **kwargs)
-            self.at("after " + name, number, rank)
+                self.at("half save_file", step, call)
+            self.at(f"before {name}", step, call)
+            result = function(*args, **kwargs)
+            self.at(f"after {name}", step, call)
             return result
 
         return watched
@@ -119,8 +130,9 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         total, world = self.spec["loop"]["global_batch"], self.world
-        if "samples" in self.spec:
-            Path(f"{self.spec['samples']}-{world.rank}.pid").write_text(str(os.getpid()))
+        if "committed" in self.spec:
+            with open(f"{self.spec['samples']}-starts", "a") as file:
+                file.write(json.dumps({"committed": self.spec["committed"], "resumed": self.first}) + "\n")
         for index in range(self.first, self.end):
             ids = np.arange(index * total, (index + 1) * total)[world.rank :: world.world_size]
             if "samples" in self.spec:
@@ -171,7 +183,6 @@ class ToyTask:
             self.trainer._saved_at = -math.inf
         if step == 3 and self.trainer is not None:
             self.partition = partition_facts(self.trainer.engine)
-        killer.at("step", step, rank)
         x = batch.images.flatten(1).to(next(self.module.parameters()).dtype) / 255
         loss = nn.functional.cross_entropy(model(x).float(), batch.labels)
         if step in spec.get("nan_at", []) and rank == self.world.world_size - 1:
@@ -215,10 +226,23 @@ def attempt(world: distributed.World) -> str:
     return distributed.broadcast_object(uuid.uuid4().hex[:8])
 
 
+def committed(out: str) -> list[int]:
+    """Steps whose manifest is there and lists nothing that is absent or differs, oldest first."""
+    steps = []
+    for path in sorted(Path(out).glob("checkpoints/*.json")):
+        for info in json.loads(path.read_bytes())["files"]:
+            digest = hashlib.sha256(Path(out, info["path"]).read_bytes()).hexdigest()
+            assert digest == info["sha256"], f"{path} was committed, but {info['path']} is not whole"
+        steps.append(int(path.stem))
+    return steps
+
+
 def train(spec: dict, world: distributed.World) -> dict:
     config = LoopConfig.parse(spec["loop"])
     if spec.get("mode") == "ddp":
         return plain_ddp(spec, world, config)
+    if "kills" in spec and world.rank == 0:
+        spec["committed"] = committed(spec["out"])
     task = ToyTask(spec, world)
     trainer = Trainer(
         task=task, config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,

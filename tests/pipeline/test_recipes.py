@@ -1,0 +1,92 @@
+"""The ImageNet recipes: published values as published, computed hours as the formula gives them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+
+from pipeline import recipes
+from pipeline.version import REPOSITORY
+
+# Fast-iTPN's fine-tuning: width, depths, heads, batch, lr, epochs, warm-up, layer decay, drop path, top-1.
+PUBLISHED = {
+    "tiny": (384, (1, 1, 12), 6, 1024, 1e-4, 100, 5, 0.80, 0.1, ("85.1", "86.2", "86.5")),
+    "small": (384, (2, 2, 20), 6, 1024, 1e-4, 100, 5, 0.90, 0.1, ("86.4", "86.95", "87.8")),
+    "base": (512, (3, 3, 24), 8, 1024, 1e-4, 20, 3, 0.90, 0.1, ("87.4", "88.5")),
+    "large": (768, (2, 2, 40), 12, 512, 5e-5, 20, 3, 0.95, 0.2, ("89.5",)),
+}
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    """bench/scaling.py, which computes what the documents say."""
+    spec = importlib.util.spec_from_file_location("scaling", REPOSITORY / "bench" / "scaling.py")
+    assert spec and spec.loader
+    module = sys.modules["scaling"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_has_the_published_values(name: str) -> None:
+    module = recipes.load(f"pretrain_{name}")
+    recipe = module.Recipe()
+    width, depths, heads, batch, lr, epochs, warmup, decay, drop_path, top1 = PUBLISHED[name]
+    for backbone in (recipe.pretrain.backbone, recipe.finetune.backbone):
+        found = (backbone.embed_dim, backbone.depths, backbone.num_heads, backbone.drop_path)
+        assert found == (width, depths, heads, drop_path)
+    tuning = recipe.finetune
+    assert (tuning.global_batch, tuning.optimiser.lr, tuning.optimiser.layer_decay) == (batch, lr, decay)
+    assert (tuning.schedule.epochs, tuning.schedule.warmup_epochs, tuning.schedule.min_lr) == (
+        epochs,
+        warmup,
+        1e-6,
+    )
+    assert (tuning.rand_augment, tuning.colour_jitter, tuning.random_erasing) == (9, 0, 0.25)
+    assert (tuning.mix.mixup, tuning.mix.cutmix, tuning.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (tuning.ema_decay, tuning.optimiser.weight_decay, tuning.head_init_scale) == (0.9999, 0.05, 0.001)
+    assert recipe.pretrain.schedule.epochs == 1600
+    for value in (*top1, "unpublished", f"make pretrain-{name}", "not measured"):
+        assert value in module.__doc__
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_student_and_teacher_see_the_same_grid(name: str) -> None:
+    recipe = recipes.load(f"pretrain_{name}").Recipe()
+    assert recipe.pretrain.backbone.grid == recipe.pretrain.teacher.input_size // 14
+    assert recipe.pretrain.data.view.size == recipe.pretrain.backbone.img_size
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_recipe_has_a_graph_that_evaluates_each_resolution(name: str) -> None:
+    module = recipes.load(f"pretrain_{name}")
+    config = module.Recipe()
+    steps = module.build(config)
+    assert sorted(step.id for step in steps) == sorted(
+        f"evaluate/{name}-{size}px-s0/v1" for size in config.resolutions
+    )
+    for step in steps:
+        tuned = step.inputs["checkpoint"]
+        assert f"{tuned.config.backbone.img_size}px" in tuned.name and tuned.inputs["init"].name == name
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_hours_in_the_docstring_are_those_of_the_formula(name: str, scaling: ModuleType) -> None:
+    module = recipes.load(f"pretrain_{name}")
+    recipe = module.Recipe()
+    student, teacher = scaling.pretrain_arithmetic(recipe.pretrain)
+    total = 3 * student + teacher
+    on = {peak: scaling.hours(total, 1600, recipe.gpus, peak) for peak in (scaling.A100, scaling.H100)}
+    assert f"{total / 1e9:.0f} GFLOP" in module.__doc__
+    assert f"{on[scaling.A100]:.0f} h on A100" in module.__doc__
+    assert f"{on[scaling.H100]:.0f} h on H100" in module.__doc__
+
+
+def test_tables_of_the_scaling_document_are_what_the_formulae_give(scaling: ModuleType) -> None:
+    text = scaling.DOCUMENT.read_text()
+    for name, make in scaling.TABLES.items():
+        assert f"<!-- {name} -->\n" in text
+        assert scaling.written(text, name, make()) == text, "run python bench/scaling.py --write"
