@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from typer.testing import CliRunner
 from cluster import storage
 from cluster.errors import ConfigError, NotFound, PreflightError
 from pipeline.cli import app
-from pipeline.registry import Registry, ResultRow, store
+from pipeline.registry import Registry, ResultRow
 from pipeline.registry.aliases import Aliases, RuleRefused
 from pipeline.registry.compare import compare
 from pipeline.registry.lineage import find, lineage, verify
@@ -154,29 +152,6 @@ def test_export_is_verified_and_carries_lineage(root: str, tmp_path: Path) -> No
     assert itpn("checkpoints", "export", "finetune/a/v1", "--out", str(out), "--root", root)["code"] == 2
 
 
-def test_twenty_promotions_at_once_make_one_history(real_root: str) -> None:
-    Runner(real_root, "toy", toys.chain(), open_session=toys.ThreadSession).run()
-    registry = Registry(real_root)
-    rows = [find(registry, name) for name in ("finetune/a/v1", "finetune/b/v1")]
-    with ThreadPoolExecutor(20) as pool:
-        jobs = [pool.submit(Aliases(registry).promote, rows[i % 2], "production") for i in range(20)]
-        acknowledged = [job.result() for job in jobs]
-    history = Aliases(registry).get("production")
-    assert history is not None and len(history.moves) == 20
-    assert len({move.id for move in history.moves}) == 20 and len(acknowledged) == 20
-
-
-def test_first_write_refuses_a_store_that_ignores_preconditions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ignored(root: str) -> None:
-        raise PreflightError("ignores conditional writes")
-
-    monkeypatch.setattr(store.storage, "probe_preconditions", ignored)
-    with pytest.raises(PreflightError):
-        Registry(str(tmp_path / "bad")).append([("results", row(1))])
-
-
 def test_view_has_each_event_once_and_is_rebuilt_to_the_same(root: str) -> None:
     from pipeline.registry import delta
 
@@ -231,16 +206,3 @@ def test_view_on_s3(seaweedfs_root: str) -> None:
     Registry(seaweedfs_root).append([("results", row(n)) for n in range(5)])
     assert delta.sync(seaweedfs_root)["results"] == 5
     assert delta.read(seaweedfs_root, "results").num_rows == 5
-
-
-def _append_many(root: str, writer: int) -> int:
-    return sum(Registry(root).append([("results", row(writer * 25 + n))]) for n in range(25))
-
-
-@pytest.mark.slow
-def test_rows_of_eight_processes_are_all_read_once(real_root: str) -> None:
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
-        acknowledged = sum(pool.starmap(_append_many, [(real_root, writer) for writer in range(8)]))
-    rows = Registry(real_root).results()
-    assert acknowledged == len(rows) == 200
-    assert sorted(r.seed for r in rows) == list(range(200))

@@ -18,7 +18,7 @@ from stages.data.feed import Batch, TrainFeed
 from stages.data.order import Order
 from stages.data.view import TrainView
 from tests.conftest import S3Server
-from tests.stages.data.faulty_s3 import FAULTS, faulty_s3
+from tests.faulty_s3 import READ_FAULTS, faulty_s3
 from tests.stages.images import shard_folder
 
 STATED_RATE = 0.3  # of all GET requests; each is retried until it succeeds or the deadline passes
@@ -56,11 +56,12 @@ def test_a_failing_network_changes_no_sample(
     cached: bool,
 ) -> None:
     undisturbed = collect(ShardDataset.open(tiny_dataset.manifest, "train"))
-    with faulty_s3(seaweedfs.url, STATED_RATE) as proxy:
+    with faulty_s3(seaweedfs.url, STATED_RATE, READ_FAULTS) as proxy:
+        proxy.methods = {"GET"}
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         found = collect(ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached)))
         if not cached:
-            assert all(proxy.seen[fault] for fault in FAULTS), proxy.seen
+            assert all(proxy.seen[fault] for fault in READ_FAULTS), proxy.seen
     assert len(found) == len(undisturbed) == 10
     for left, right in zip(found, undisturbed, strict=True):
         assert torch.equal(left.sample_ids, right.sample_ids)
@@ -78,7 +79,8 @@ def test_a_dead_network_is_a_clear_error_within_the_deadline(
 ) -> None:
     dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached))
     monkeypatch.setenv("ITPN_STORAGE_DEADLINE_S", "2")
-    with faulty_s3(seaweedfs.url, 1.0) as proxy:
+    with faulty_s3(seaweedfs.url, 1.0, READ_FAULTS) as proxy:
+        proxy.methods = {"GET"}
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         began = time.monotonic()
         with pytest.raises(StorageUnavailable, match=r"s3://.*train-00000"):

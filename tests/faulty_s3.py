@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that answers a share of the GET requests wrongly: 503, reset, or cut short."""
+"""A proxy before an S3 server: answers 503, loses or cuts answers, drops preconditions; as told, or at random."""
 
 from __future__ import annotations
 
@@ -14,28 +14,54 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-SLOW_DOWN = b'<?xml version="1.0"?><Error><Code>SlowDown</Code><Message>slow down</Message></Error>'
-FAULTS = ("503", "reset", "truncated")
+SLOW_DOWN = (
+    b'<?xml version="1.0" encoding="UTF-8"?>'
+    b"<Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>"
+)
+READ_FAULTS = ("503", "reset", "truncated")
+WRITE_FAULTS = ("503", "lost")
 
 
 class FaultyS3(ThreadingHTTPServer):
-    """Each GET goes wrong with probability `rate`, in one of FAULTS; `seen` counts what happened."""
+    """Forwards to an S3 server; the attributes say what goes wrong.
+
+    methods: which requests are meant. refuse: how many of the next get a 503. lose: how many of the next are carried
+    out but never answered. rate: the share of them that goes wrong at random, in one of `faults`: "503", "lost",
+    "reset" and "truncated" (half of the answer, then the connection ends). strip: request headers that the store
+    never sees; it must not check signatures, which cover them. seen: counts what happened.
+    """
 
     daemon_threads = True
 
-    def __init__(self, upstream: str, rate: float, seed: int = 0) -> None:
+    def __init__(
+        self, upstream: str, rate: float = 0.0, faults: tuple[str, ...] = WRITE_FAULTS, seed: int = 0
+    ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
-        self.rate, self.random, self.lock = rate, random.Random(seed), threading.Lock()
+        self.rate, self.faults, self.random = rate, faults, random.Random(seed)
+        self.lock = threading.Lock()
+        self.refuse = self.lose = 0
+        self.strip: set[str] = set()
+        self.methods = {"PUT", "GET", "HEAD", "POST", "DELETE"}
         self.seen: Counter[str] = Counter()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def fault(self) -> str:
+    def fault(self, method: str) -> str:
+        """What goes wrong with this request; empty when nothing does."""
         with self.lock:
-            name = self.random.choice(FAULTS) if self.random.random() < self.rate else "none"
+            name = ""
+            if method in self.methods:
+                if self.refuse > 0:
+                    self.refuse -= 1
+                    name = "503"
+                elif self.lose > 0:
+                    self.lose -= 1
+                    name = "lost"
+                elif self.random.random() < self.rate:
+                    name = self.random.choice(self.faults)
             self.seen[name] += 1
             return name
 
@@ -49,25 +75,26 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.fault() if self.command == "GET" else "none"
+        fault = self.server.fault(self.command)
         if fault == "503":
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, len(SLOW_DOWN))
             return
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
         # Host goes along unchanged: it is part of the signature.
-        upstream.request(self.command, self.path, body, dict(self.headers.items()))
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in self.server.strip}
+        upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        length = int(answer.getheader("Content-Length", len(data)))
-        sent = data if fault == "none" else data[: len(data) // 2]
-        skip = {"transfer-encoding", "connection", "date", "server", "content-length"}
-        headers = {k: v for k, v in answer.getheaders() if k.lower() not in skip}
-        self._answer(answer.status, headers, sent, length)
+        if fault != "lost":
+            skip = {"transfer-encoding", "connection", "date", "server", "content-length"}
+            kept = {k: v for k, v in answer.getheaders() if k.lower() not in skip}
+            length = int(answer.getheader("Content-Length", len(data)))
+            self._answer(answer.status, kept, data[: len(data) // 2] if fault else data, length)
         if fault == "reset":  # an RST instead of a FIN
             self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if fault != "none":
+        if fault:
             self.close_connection = True
             self.connection.close()
 
@@ -87,9 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_s3(upstream: str, rate: float) -> Iterator[FaultyS3]:
+def faulty_s3(upstream: str, rate: float = 0.0, faults: tuple[str, ...] = WRITE_FAULTS) -> Iterator[FaultyS3]:
     """Run the proxy in a thread."""
-    server = FaultyS3(upstream, rate)
+    server = FaultyS3(upstream, rate, faults)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:
