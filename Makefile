@@ -12,12 +12,13 @@ STORE ?= local
 ROOT ?= $(if $(filter s3,$(STORE)),s3://itpn/demo,runs/demo)
 S3_DIR ?= runs/s3
 SET ?=
+DOWNSTREAM = --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" --data "$(if $(DATA),$(DATA),$(IMAGENET))"
 FLAGS = $(foreach value,$(SET),--set '$(value)')
 
 export RAY_USAGE_STATS_ENABLED := 0
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help setup demo test test-slow check format bench lock pretrain-tiny pretrain-small pretrain-base pretrain-large store-stop clean
+.PHONY: help setup demo test test-slow check format bench lock pretrain-tiny pretrain-small pretrain-base pretrain-large finetune evaluate store-stop clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -64,6 +65,12 @@ bench: $(READY) ## every benchmark (QUICK=1 for a minute each)
 pretrain-tiny pretrain-small pretrain-base pretrain-large: pretrain-%: $(READY) ## pre-train at scale: IMAGENET=URI TEACHER=URI ROOT=URI [SET="a.b=c …"]
 	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" \
 	  $(if $(IMAGENET),--set data.source=$(IMAGENET)) $(if $(TEACHER),--set pretrain.teacher.uri=$(TEACHER)) $(FLAGS)
+
+finetune: $(READY) ## fine-tune and evaluate: CHECKPOINT=file, alias, step or sha256, ROOT=URI [DATA=URI or IMAGENET=URI, SET="a.b=c …"]
+	@$(BIN)/itpn finetune "$(CHECKPOINT)" $(DOWNSTREAM) $(if $(RECIPE),--recipe $(RECIPE)) $(FLAGS)
+
+evaluate: $(READY) ## evaluate a classifier: CHECKPOINT=…, ROOT=URI [DATA=URI or IMAGENET=URI, SET="a.b=c …"]
+	@$(BIN)/itpn evaluate "$(CHECKPOINT)" $(DOWNSTREAM) $(FLAGS)
 
 lock: ## pin what is installed in .venv now
 	$(BIN)/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^torch==\([0-9.]*\)+.*/torch==\1/' | grep -v '^-e ' > requirements.lock

@@ -127,7 +127,7 @@ def recipes() -> str:
         total, tuning = 3 * student + teacher, recipe.finetune
         spent = [hours(total, recipe.pretrain.schedule.epochs, recipe.gpus, peak) for peak in (A100, H100)]
         tuned = []
-        for size in recipe.resolutions:
+        for size in recipe.grid.resolution:
             step = finetune_arithmetic(tuning, size)
             tuned.append(f"{hours(step, tuning.schedule.epochs, recipe.gpus, A100):.0f} h at {size}")
         rows.append(

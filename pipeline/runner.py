@@ -99,7 +99,7 @@ class Runner:
         steps: list[Step],
         *,
         open_session: Callable[[], Session] = Session,
-        max_parallel: int = 8,
+        max_parallel: int = 32,
         wait_for_lease: bool = True,
         on_change: Callable[[StepStatus], None] = lambda status: None,
     ) -> None:

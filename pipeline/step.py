@@ -34,6 +34,7 @@ class Step:
         inputs: the steps whose artifacts `fn` receives, by the name it expects.
         resources: what it runs on; never identity.
         retries: how often it is tried again after its process died or storage was away.
+        labels: how it differs from its siblings, by axis (resolution, seed, …), for tables; never identity.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Step:
     inputs: Mapping[str, Step] = field(default_factory=dict)
     resources: Resources = field(default_factory=Resources)
     retries: int = 1
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:

@@ -36,7 +36,11 @@ def main(config_class: type[Config], run: Callable[..., Outcome], *, stage: str,
         "--set", action="append", default=[], metavar="KEY=VALUE", help="replace a config value"
     )
     parser.add_argument(
-        "--input", action="append", default=[], metavar="NAME=URI", help="output folder of an earlier stage"
+        "--input",
+        action="append",
+        default=[],
+        metavar="NAME=URI",
+        help="output folder of an earlier stage, or a file of weights",
     )
     parser.add_argument(
         "--workers", type=int, default=None, help="processes (default 1; under torchrun its world size)"
@@ -93,10 +97,14 @@ def _read_artifact(name: str, uri: str) -> Artifact:
         where = storage.join(storage.join(uri), mark)
         if storage.exists(where):
             return parse_artifact(storage.read_json(where)["artifact"])
+    from stages.adopt.outside import examine, weights_file
+
+    if weights := weights_file(uri):
+        return examine(weights).reference()
     raise DataInvalid(
         f"input '{name}' is not a finished output",
-        expected=f"record.json or artifact.json under {uri}",
-        remedy="name the output folder of a stage that has finished",
+        expected=f"record.json or artifact.json under {uri}, or a file of weights",
+        remedy="name the output folder of a stage that has finished, or a weights file (.safetensors, .pth, …)",
     )
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import Machines, fan_out, pretrain_step, shard_step
+from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from stages.config import Config, not_identity
-from stages.data.config import EvalDataConfig
-from stages.data.view import EvalView
 from stages.evaluate.config import EvaluateConfig
 from stages.finetune.config import FinetuneConfig
 from stages.pretrain.config import PretrainConfig
@@ -21,18 +18,19 @@ from stages.train.config import CheckpointConfig, WatchConfig
 IMAGENET = ShardConfig(name="imagenet-1k", source="", shard_bytes=256 * 2**20)
 SAVE = CheckpointConfig(save_every_minutes=20, keep_last=3)
 WATCH = WatchConfig(picture_every_steps=2000, tensorboard=True)
+WHOLE_IMAGE_FROM = 384  # pixels: the published evaluation crops the centre (0.875) below
 
 
 class ImageNetRecipe(Config):
-    """Pre-training on ImageNet-1K, then one fine-tuning job per resolution and seed, each evaluated."""
+    """Pre-training on ImageNet-1K, then fine-tuning jobs side by side, each evaluated."""
 
     version: str = not_identity("v1")
     data: ShardConfig = IMAGENET
     pretrain: PretrainConfig
     finetune: FinetuneConfig
     evaluate: EvaluateConfig = EvaluateConfig()
-    resolutions: tuple[int, ...] = Field(min_length=1)  # pixels, of fine-tuning and evaluation
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    grid: Grid  # of the fine-tuning jobs
+    jobs: tuple[Job, ...] = ()  # further ones
     gpus: int = not_identity(8, ge=1)  # of pre-training
     finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
     cpus_per_gpu: float = not_identity(8.0, gt=0)
@@ -41,7 +39,7 @@ class ImageNetRecipe(Config):
 
 
 def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
-    """shard → pretrain → resolutions × seeds → evaluate."""
+    """shard → pretrain → one fine-tuning for each job → evaluate."""
     gpu = {"cpus": config.cpus_per_gpu, "gpus": 1.0}
     machines = Machines(
         shard=Resources(workers=config.shard_workers),
@@ -51,26 +49,17 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
     )
     data = shard_step(config.data, config.version, machines.shard)
     trained = pretrain_step(name, config.pretrain, data, config.version, machines.pretrain)
-    steps = []
-    for size in config.resolutions:
-        tuned = config.finetune.model_copy(
-            update={
-                "backbone": config.finetune.backbone.model_copy(update={"img_size": size}),
-                "data": config.finetune.data.model_copy(
-                    update={"view": config.finetune.data.view.model_copy(update={"size": size})}
-                ),
-            }
-        )
-        # The published evaluation crops the centre below 384 pixels and takes the whole image from there on.
-        view = EvalView(size=size, crop_pct=1.0 if size >= 384 else 0.875)
-        judged = config.evaluate.model_copy(
-            update={"data": EvalDataConfig(**{**config.evaluate.data.model_dump(), "view": view})}
-        )
-        jobs = {
-            f"{size}px-s{seed}": (tuned.model_copy(update={"seed": seed}), trained) for seed in config.seeds
-        }
-        steps += fan_out(name, jobs, judged, data, config.version, machines)
-    return steps
+    return fan_out(
+        name,
+        config.finetune,
+        config.evaluate,
+        expand(config.grid, config.jobs),
+        {"pretrained": trained},
+        data,
+        config.version,
+        machines,
+        whole_image_from=WHOLE_IMAGE_FROM,
+    )
 
 
 def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:

@@ -13,7 +13,8 @@ from pydantic import Field
 
 from cluster.resources import Resources
 from pipeline import preflight
-from pipeline.recipes._chain import Machines, fan_out, pretrain_step, shard_step
+from pipeline.recipes._chain import SCRATCH, Machines, fan_out, pretrain_step, shard_step
+from pipeline.recipes._jobs import Grid, expand
 from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from pipeline.version import REPOSITORY
@@ -78,12 +79,11 @@ def build(config: Recipe) -> list[Step]:
     )
     data = shard_step(config.data, config.version, machines.shard)
     trained = pretrain_step("demo", config.pretrain, data, config.version, machines.pretrain)
-    jobs = {
-        f"{init}-s{seed}": (config.finetune.model_copy(update={"seed": seed}), source)
-        for init, source in (("pretrained", trained), ("scratch", None))
-        for seed in config.seeds
-    }
-    return fan_out("demo", jobs, config.evaluate, data, config.version, machines)
+    jobs = expand(Grid(checkpoint=("pretrained", SCRATCH), seed=config.seeds))
+    checkpoints = {"pretrained": trained}
+    return fan_out(
+        "demo", config.finetune, config.evaluate, jobs, checkpoints, data, config.version, machines
+    )
 
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from pipeline import preflight
 from pipeline.recipes._imagenet import SAVE, WATCH, ImageNetRecipe, build_imagenet, imagenet_requirements
+from pipeline.recipes._jobs import Grid
 from pipeline.step import Step
 from stages.data.config import DataConfig
 from stages.data.view import TrainView
@@ -51,7 +52,7 @@ class Recipe(ImageNetRecipe):
         watch=WATCH,
         ema_decay=0.9999,
     )
-    resolutions: tuple[int, ...] = (224, 384, 512)
+    grid: Grid = Grid(resolution=(224, 384, 512), seed=(0,))
 
 
 def build(config: Recipe) -> list[Step]:

@@ -9,18 +9,23 @@ from typing import Any
 
 from cluster import distributed
 from cluster.distributed import World
+from cluster.executor import LocalExecutor
 from stages.context import StageContext
 
 
 def spec_of(context: StageContext, **values: Any) -> dict[str, Any]:
-    """The picklable description of a rank's work: `values` and what ranks need of the context."""
+    """The picklable description of a rank's work: `values` and what ranks need of the context.
+
+    `gpus` is None in a plain process, which takes the GPUs that it finds; elsewhere it is what was granted, so
+    that a step that was granted none never computes on a GPU that others were.
+    """
     return {
         "out": context.out,
         "files": context.files,
         "attempt": context.attempt,
         "code_version": context.code_version,
         "cpus": context.resources.cpus,
-        "gpus": context.resources.gpus,
+        "gpus": None if isinstance(context.executor, LocalExecutor) else context.resources.gpus,
         **values,
     }
 
@@ -44,7 +49,12 @@ def as_rank(
 
     # As many threads as CPUs were granted: ranks that share a machine would slow each other down otherwise.
     torch.set_num_threads(max(1, int(spec["cpus"])))
-    world = distributed.init(timeout_s=timeout_s, use_gpu=True if spec["gpus"] else None)
+    gpus = spec["gpus"]
+    world = distributed.init(timeout_s=timeout_s, use_gpu=None if gpus is None else gpus > 0)
+    if (
+        gpus and gpus < 1
+    ):  # what this job takes too much fails here, and not in its neighbours on the same GPU
+        torch.cuda.set_per_process_memory_fraction(gpus)
     try:
         return distributed.broadcast_object(body(world))
     finally:

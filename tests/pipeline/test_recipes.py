@@ -66,7 +66,7 @@ def test_every_recipe_has_a_graph_that_evaluates_each_resolution(name: str) -> N
     config = module.Recipe()
     steps = module.build(config)
     assert sorted(step.id for step in steps) == sorted(
-        f"evaluate/{name}-{size}px-s0/v1" for size in config.resolutions
+        f"evaluate/{name}-{size}px-s0/v1" for size in config.grid.resolution
     )
     for step in steps:
         tuned = step.inputs["checkpoint"]

@@ -1,0 +1,79 @@
+"""The checkpoint and the data that a person names: files, or what the root's registry knows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+from cluster.errors import ConfigError, ItpnError
+from pipeline.recipes._downstream import FromCheckpoints
+from pipeline.recipes._imagenet import IMAGENET
+from pipeline.record import Record
+from pipeline.registry import Registry
+from pipeline.registry.lineage import find, read_record
+from stages.adopt.config import AdoptConfig
+from stages.adopt.outside import examine, weights_file
+from stages.model.config import BackboneConfig, sizes
+from stages.shard.config import ShardConfig
+
+AnyRecipe = TypeVar("AnyRecipe", bound=FromCheckpoints)
+# What of a backbone follows from its weights; the rest (drop path, migration, …) is the recipe's.
+SHAPE = (
+    "family", "embed_dim", "depths", "num_heads", "mlp_ratio", "bridge_mlp_ratio", "init_values", "norm_eps",
+)  # fmt: skip
+
+
+class Given:
+    """The checkpoint that was named: what it is, and, where the registry knows it, how it was made."""
+
+    def __init__(self, root: str, text: str, ema: bool) -> None:
+        if not text:
+            raise ConfigError(
+                "no checkpoint was given",
+                expected="a weights file, an alias, a step, or the start of a sha256",
+                remedy="CHECKPOINT=… with make",
+            )
+        weights, known = weights_file(text), None
+        if weights is None:
+            try:
+                row = find(Registry(root), text)
+            except ItpnError as error:
+                raise ConfigError(
+                    f"'{text}' is neither a weights file nor a checkpoint of {root}",
+                    expected="a file (.safetensors, .pth, …) or a folder with model.safetensors; or an alias, a "
+                    "step, or at least 6 digits of a sha256",
+                    found=error.message,
+                    remedy=error.remedy or f"itpn checkpoints list --root {root}",
+                ) from None
+            weights, known = row.checkpoint.uri, row.checkpoint
+        found = examine(weights, ema=ema)
+        self.config = AdoptConfig(uri=found.uri, sha256=found.sha256, ema=ema, known=known)
+        self.kind: str = found.config["kind"]
+        self.backbone = BackboneConfig.parse(found.config["backbone"])
+        self.size = next((name for name, size in sizes.items() if _same(size, self.backbone)), None)
+        self.record: Record | None = read_record(root, row.step) if known else None
+        stem = (self.size or "model").replace("fast_itpn_", "")
+        self.name = f"{stem}-{found.sha256[:8]}"
+
+
+def about(config: AnyRecipe, root: str, given: Given, data: str) -> AnyRecipe:
+    """The recipe's config for this checkpoint and these data."""
+    shard, version = _data(root, given, data)
+    update: dict[str, Any] = {"checkpoints": {given.name: given.config}, "data": shard}
+    return config.model_copy(update=update | {"data_version": version})
+
+
+def _data(root: str, given: Given, text: str) -> tuple[ShardConfig, str]:
+    """The data set's config and its version, empty for the recipe's: a finished step's, or new from images."""
+    used = given.record.inputs.get("data") if given.record else None
+    step = text if re.fullmatch(r"shard/[^/]+/[^/]+", text) else used.step if used and not text else ""
+    if step:
+        return ShardConfig.parse(read_record(root, step).config), step.split("/")[2]
+    name = re.sub(r"\W+", "-", text.rstrip("/").rsplit("/", 1)[-1].split(".")[0]).strip("-").lower()
+    if not text or name.startswith(("ilsvrc2012", "imagenet")):
+        return IMAGENET.model_copy(update={"source": text}), ""
+    return ShardConfig(name=name, source=text), ""
+
+
+def _same(one: BackboneConfig, other: BackboneConfig) -> bool:
+    return all(getattr(one, field) == getattr(other, field) for field in ("family", "embed_dim", "depths"))

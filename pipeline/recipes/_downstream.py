@@ -1,0 +1,120 @@
+"""What the downstream recipes share: from a given checkpoint to fine-tunings side by side, each evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import Field
+
+from cluster.errors import PreflightError
+from cluster.resources import Resources
+from pipeline import preflight
+from pipeline.recipes._chain import Machines, adopt_step, fan_out, shard_step
+from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
+from pipeline.recipes._jobs import Grid, Job, expand
+from pipeline.registry.retention import Retention
+from pipeline.step import Step
+from stages.adopt.config import AdoptConfig
+from stages.config import Config, not_identity
+from stages.evaluate.config import EvaluateConfig
+from stages.finetune.config import FinetuneConfig
+from stages.shard.config import ShardConfig
+
+
+class FromCheckpoints(Config):
+    """What recipes that begin with given checkpoints have in common."""
+
+    version: str = not_identity("v1")
+    data: ShardConfig = IMAGENET
+    data_version: str = not_identity("")  # of the data set's output; by default the recipe's
+    checkpoints: dict[str, AdoptConfig] = Field(min_length=1)  # by the names that outputs carry
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gpus_per_worker: float = not_identity(1.0, ge=0)  # below 1, jobs of one worker share a GPU
+    cpus_per_worker: float = not_identity(8.0, gt=0)
+    shard_workers: int = not_identity(16, ge=1)
+    retention: Retention = not_identity(Retention())  # of `itpn checkpoints gc`
+
+
+class DownstreamRecipe(FromCheckpoints):
+    """Fine-tuning jobs from given checkpoints, each evaluated."""
+
+    finetune: FinetuneConfig
+    grid: Grid  # of the jobs; without `checkpoint`, from each of the recipe's
+    jobs: tuple[Job, ...] = ()  # further ones
+    finetune_workers: int = not_identity(8, ge=1)  # ranks of each job
+
+
+def build_downstream(config: DownstreamRecipe) -> list[Step]:
+    """shard, import → one fine-tuning for each job → evaluate."""
+    worker = Resources(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)
+    machines = Machines(
+        shard=Resources(workers=config.shard_workers),
+        pretrain=Resources(),
+        finetune=replace(worker, workers=config.finetune_workers),
+        evaluate=worker,
+    )
+    grid = config.grid
+    if not grid.checkpoint:
+        grid = grid.model_copy(update={"checkpoint": tuple(config.checkpoints)})
+    return fan_out(
+        "downstream",
+        config.finetune,
+        config.evaluate,
+        expand(grid, config.jobs),
+        starts(config),
+        data_step(config),
+        config.version,
+        machines,
+        whole_image_from=WHOLE_IMAGE_FROM,
+    )
+
+
+def data_step(config: FromCheckpoints) -> Step:
+    """The data set's step."""
+    resources = Resources(workers=config.shard_workers)
+    return shard_step(config.data, config.data_version or config.version, resources)
+
+
+def starts(config: FromCheckpoints) -> dict[str, Step]:
+    """The steps that take the checkpoints in, by name."""
+    cpus = Resources()
+    return {
+        name: adopt_step(name, source, config.version, cpus) for name, source in config.checkpoints.items()
+    }
+
+
+def from_checkpoints_requirements(
+    config: FromCheckpoints, gpus: float, address: str | None
+) -> list[preflight.Requirement]:
+    """GPUs for the largest step, the data set, and every checkpoint."""
+    needs = [preflight.gpus(-int(-gpus // 1), address)] if gpus else []
+    needs.append(
+        preflight.readable(
+            "data set",
+            config.data.source,
+            "--set data.source=URI of an ImageFolder tree, tar or zip (IMAGENET=URI or DATA=URI with make)",
+            "shard",
+        )
+    )
+    needs += [_given(name, source) for name, source in config.checkpoints.items()]
+    return needs
+
+
+def _given(name: str, source: AdoptConfig) -> preflight.Requirement:
+    """A checkpoint that is there and pinned."""
+    remedy = (
+        f"itpn finetune FILE, or --set checkpoints.{name}.uri=FILE --set checkpoints.{name}.sha256=… "
+        "(CHECKPOINT=FILE with make)"
+    )
+    there = preflight.readable(f"checkpoint {name}", source.uri, remedy, "import")
+
+    def check() -> str:
+        found = there.check()
+        if not source.sha256:
+            raise PreflightError(
+                "its sha256 is not given, and a checkpoint is what its bytes are",
+                remedy=f"--set checkpoints.{name}.sha256=… (what `sha256sum FILE` prints); itpn finetune finds it out",
+            )
+        return found
+
+    return preflight.Requirement(there.name, check, there.kinds)

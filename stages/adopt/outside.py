@@ -1,0 +1,60 @@
+"""What a weights file from outside is: its hash, and the config beside it or read off its shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster import storage
+from stages.artifacts import CheckpointRef
+from stages.model.files import local_copy, read_state
+from stages.model.io import WEIGHTS, config_beside, infer_config
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A weights file: `config` is what our `config.json` would say of it."""
+
+    uri: str
+    sha256: str
+    bytes: int
+    config: dict[str, Any]
+
+    def reference(self) -> CheckpointRef:
+        """The file as a stage's input; of its training nothing is known."""
+        return CheckpointRef(
+            uri=self.uri,
+            sha256=self.sha256,
+            bytes=self.bytes,
+            step=0,
+            task="classify" if self.config["kind"] == "classifier" else "pretrain",
+            dataset="unknown",
+            data_fingerprint="unknown",
+            seed=0,
+            init="pretrained",
+        )
+
+
+def weights_file(uri: str) -> str | None:
+    """URI of the weights that `uri` names, a file or a folder with `model.safetensors`; None where there are none."""
+    full = storage.join(uri)
+    if not full.endswith(SUFFIXES):
+        full = storage.join(full, WEIGHTS)
+    return full if storage.exists(full) else None
+
+
+def examine(uri: str, *, ema: bool = False) -> Outside:
+    """Read a weights file.
+
+    Args:
+        uri: the file itself, as `weights_file` gives it.
+        ema: what matters are the averaged weights of a published checkpoint.
+
+    Raises DataInvalid when it is missing, broken, or no model that we know.
+    """
+    with local_copy(uri) as path:
+        sha256, size = storage.sha256_file(path), path.stat().st_size
+        config = config_beside(uri) or infer_config(read_state(path, ema=ema))
+    return Outside(storage.join(uri), sha256, size, config)

@@ -1,0 +1,131 @@
+"""`itpn finetune` and `itpn evaluate`: from a published file to rows, and from a name in the registry."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster import storage
+from pipeline.cli import app
+from stages.model import BackboneConfig, Classifier, MaskedFeatureModel, ObjectiveConfig, backbone_config
+from tests.stages.images import write_image_folder
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = BackboneConfig(img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1)
+CPU = ["gpus_per_worker=0", "cpus_per_worker=1", "finetune_workers=1", "shard_workers=1"]
+
+
+def settings(*items: str) -> list[str]:
+    return [part for item in items for part in ("--set", item)]
+
+
+def published(path: Path, config: BackboneConfig, classes: int = 0) -> str:
+    model = (
+        Classifier(config, classes)
+        if classes
+        else MaskedFeatureModel(config, ObjectiveConfig(fpn_dim=32), 24)
+    )
+    state = model.state_dict() if classes else model.published_state_dict()
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def planned(*arguments: str) -> list[dict]:
+    done = CliRunner().invoke(app, [*arguments, "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])["steps"]
+
+
+def refused(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 2, done.output
+    return done.stderr
+
+
+def test_recipe_follows_the_size_of_a_published_checkpoint(tmp_path: Path) -> None:
+    uri = published(tmp_path / "tiny.pth", backbone_config("fast_itpn_tiny"), classes=10)
+    short = storage.sha256_file(uri)[:8]
+    ids = [
+        step["step"]
+        for step in planned("finetune", uri, "--root", str(tmp_path / "r"), "--data", "x/ILSVRC2012")
+    ]
+    assert [i for i in ids if i.startswith("finetune")] == [
+        f"finetune/downstream-tiny-{short}-{size}px-s0/v1" for size in (224, 384, 512)
+    ]
+    assert f"import/tiny-{short}/v1" in ids and "shard/imagenet-1k/v1" in ids
+
+
+def test_gpus_may_be_shared_by_jobs(tmp_path: Path) -> None:
+    uri = published(tmp_path / "small.pth", SMALL)
+    flags = settings("gpus_per_worker=0.25", "finetune_workers=1", "cpus_per_worker=2")
+    steps = planned("finetune", uri, "--root", str(tmp_path / "r"), "--data", "x/pets.tar", *flags)
+    tuned = [step for step in steps if step["step"].startswith("finetune")]
+    assert {step["resources"] for step in tuned} == {"1 x (2 CPU + 0.25 GPU)"}
+    assert any(step["step"] == "shard/pets/v1" for step in steps)
+
+
+def test_what_is_missing_is_told(tmp_path: Path) -> None:
+    uri = published(tmp_path / "pre.pth", SMALL)
+    root = str(tmp_path / "root")
+    assert "no checkpoint was given" in refused("finetune", "", "--root", root)
+    assert "no root was given" in refused("finetune", uri, "--root", "")
+    told = refused("finetune", str(tmp_path / "absent.pth"), "--root", root)
+    assert "neither a weights file nor a checkpoint" in told and "alias" in told
+    assert "is no classifier" in refused("evaluate", uri, "--root", root)
+    cpu = settings(*CPU)
+    told = refused("finetune", uri, "--root", root, *cpu)
+    assert "data set: not given" in told and "IMAGENET=URI or DATA=URI" in told
+    assert "8 GPUs are needed" in refused("finetune", uri, "--root", root, "--data", str(tmp_path))
+    shared = settings("gpus_per_worker=0.5", "finetune_workers=2")
+    assert "0.5 GPU" in refused("finetune", uri, "--root", root, "--data", str(tmp_path), *shared)
+
+
+def test_recipe_without_a_pinned_checkpoint_says_how_to_pin_it(tmp_path: Path) -> None:
+    uri = published(tmp_path / "pre.pth", SMALL)
+    flags = settings(f"checkpoints.base.uri={uri}", f"data.source={tmp_path}", "gpus_per_worker=0")
+    told = refused("run", "downstream_base", "--root", str(tmp_path / "root"), *flags)
+    assert "a checkpoint is what its bytes are" in told and "checkpoints.base.sha256" in told
+
+
+def itpn(*arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments, "--json"],
+        cwd=REPOSITORY, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None:
+    images = write_image_folder(tmp_path / "images")
+    uri = published(tmp_path / "pre.pth", SMALL)
+    root = str(tmp_path / "root")
+    flags = settings(
+        *CPU, "grid.resolution=[64,96]", "finetune.schedule.epochs=null", "finetune.schedule.steps=2",
+        "finetune.global_batch=6", "finetune.data.streams=2", "finetune.engine.micro_batch=null",
+        "finetune.engine.precision=fp32", "finetune.engine.compile=false", "finetune.data.loader_workers=0",
+        "finetune.checkpoint.save_every_steps=2", "finetune.schedule.warmup_steps=1",
+    )  # fmt: skip
+    first = itpn("finetune", uri, "--root", root, "--data", str(images), *flags)
+    tuned = [s["step"] for s in first["steps"] if s["step"].startswith("finetune")]
+    assert len(tuned) == 2 and {r["metric"] for r in first["results"]} >= {"top1", "loss"}
+    record = storage.read_json(storage.join(root, tuned[1], "record.json"))
+    assert record["notes"][0] == "resized to 96 px: pos_embed" and record["artifact"]["init"] == "pretrained"
+    moved = Path(uri).rename(tmp_path / "moved.pth")
+    again = itpn("finetune", str(moved), "--root", root, "--data", str(images), *flags)
+    assert all(step["reused"] for step in again["steps"]), (
+        "the same bytes in another place are the same checkpoint"
+    )
+
+    judged = itpn("evaluate", tuned[0], "--root", root, *settings(*CPU[:2]))
+    assert [s["reused"] for s in judged["steps"] if s["step"].startswith("shard")] == [True]
+    assert any(row["metric"] == "top1" for row in judged["results"])

@@ -1,0 +1,93 @@
+"""Checkpoints from outside become checkpoints of the graph, verified and in our layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster import storage
+from cluster.errors import ConfigError, DataInvalid
+from stages.adopt.config import AdoptConfig, LastConfig
+from stages.adopt.outside import examine, weights_file
+from stages.adopt.stage import run, run_last
+from stages.artifacts import CheckpointRef
+from stages.context import StageContext
+from stages.model import BackboneConfig, Classifier, load, save_model
+
+SMALL = BackboneConfig(img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> tuple[str, torch.nn.Module, torch.nn.Module]:
+    """A published-layout file with last and averaged weights."""
+    last, average = Classifier(SMALL, 5), Classifier(SMALL, 5)
+    path = tmp_path / "published.pth"
+    torch.save({"model": last.state_dict(), "model_ema": average.state_dict(), "epoch": 3}, path)
+    return str(path), last, average
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_published_file_is_written_in_our_layout(published, tmp_path: Path, ema: bool) -> None:
+    uri, last, average = published
+    found = examine(uri, ema=ema)
+    context = StageContext(out=str(tmp_path / "out"), attempt="a")
+    outcome = run(AdoptConfig(uri=uri, sha256=found.sha256, ema=ema), {}, context)
+    artifact = outcome.artifact
+    assert isinstance(artifact, CheckpointRef) and artifact.task == "classify"
+    assert storage.sha256_file(artifact.uri) == artifact.sha256 != found.sha256
+    again, wanted = load(artifact.uri, sha256=artifact.sha256), average if ema else last
+    assert all(torch.equal(again.state_dict()[n], v) for n, v in wanted.state_dict().items())
+    assert again.config == SMALL
+    assert found.sha256 in outcome.notes[0] and uri in outcome.notes[0]
+    for info in outcome.files:
+        assert storage.sha256_file(tmp_path / "out" / info.path) == info.sha256
+
+
+def test_other_bytes_than_the_pinned_are_refused(published, tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match="not the file that was pinned"):
+        run(AdoptConfig(uri=published[0], sha256="0" * 64), {}, StageContext(out=str(tmp_path / "out")))
+
+
+def test_unnamed_checkpoint_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="uri none, sha256 none"):
+        run(AdoptConfig(), {}, StageContext(out=str(tmp_path)))
+
+
+def reference(folder: Path, **more) -> CheckpointRef:
+    model = Classifier(SMALL, 3)
+    save_model(folder, model.state_dict(), model.describe())
+    path = folder / "model.safetensors"
+    facts = {"uri": str(path), "sha256": storage.sha256_file(path), "bytes": path.stat().st_size, "seed": 4}
+    facts |= {"step": 40, "task": "classify", "dataset": "pets", "data_fingerprint": "f" * 64}
+    return CheckpointRef(**(facts | more))
+
+
+def test_what_a_registry_knows_of_it_stays_its_lineage(tmp_path: Path) -> None:
+    known = reference(tmp_path / "in", teacher_sha256="t" * 64)
+    config = AdoptConfig(uri=known.uri, sha256=known.sha256, known=known)
+    found = run(config, {}, StageContext(out=str(tmp_path / "out"))).artifact
+    assert isinstance(found, CheckpointRef) and found.uri != known.uri
+    same = {"dataset", "data_fingerprint", "seed", "step", "teacher_sha256", "task"}
+    assert all(getattr(found, name) == getattr(known, name) for name in same)
+
+
+def test_last_weights_beside_the_averaged_ones_become_a_checkpoint(tmp_path: Path) -> None:
+    averaged = reference(tmp_path / "tuned")
+    last = reference(tmp_path / "tuned" / "raw")
+    found = run_last(LastConfig(), {"checkpoint": averaged}, StageContext(out=str(tmp_path / "out"))).artifact
+    assert isinstance(found, CheckpointRef)
+    assert found.sha256 == last.sha256 == storage.sha256_file(found.uri) and found.sha256 != averaged.sha256
+    assert found.dataset == averaged.dataset and load(found.uri).num_classes == 3
+
+
+def test_fine_tuning_without_an_average_has_no_other_last_weights(tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match="ema_decay above 0"):
+        run_last(LastConfig(), {"checkpoint": reference(tmp_path)}, StageContext(out=str(tmp_path / "out")))
+
+
+def test_a_folder_or_a_file_names_weights(tmp_path: Path) -> None:
+    reference(tmp_path / "model")
+    assert weights_file(str(tmp_path / "model")) == str(tmp_path / "model/model.safetensors")
+    assert weights_file(str(tmp_path / "absent.pth")) is None and weights_file(str(tmp_path)) is None
