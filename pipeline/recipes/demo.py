@@ -26,7 +26,7 @@ from stages.finetune.config import FinetuneConfig, MixConfig
 from stages.model.config import ObjectiveConfig, TeacherConfig, backbone_config
 from stages.pretrain.config import PretrainConfig
 from stages.shard.config import ShardConfig
-from stages.train.config import CheckpointConfig, OptimiserConfig, ScheduleConfig
+from stages.train.config import CheckpointConfig, OptimiserConfig, ScheduleConfig, WatchConfig
 
 ASSETS = REPOSITORY / "assets"
 PLAIN = (0.5, 0.5, 0.5)  # one normalisation throughout: the fine-tuning is too short to adapt to another
@@ -48,6 +48,7 @@ class Recipe(Config):
         schedule=ScheduleConfig(steps=260, warmup_steps=20, min_lr=1e-5),
         optimiser=OptimiserConfig(lr=2e-3),
         checkpoint=CheckpointConfig(save_every_steps=50),
+        watch=WatchConfig(picture_every_steps=65),
     )
     finetune: FinetuneConfig = FinetuneConfig(
         backbone=backbone_config("fast_itpn_micro"),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import storage
-from cluster.errors import ItpnError
+from cluster.errors import DataInvalid, NotFound
 from cluster.lease import holder_of
 from pipeline.record import Record
 from pipeline.registry import CheckpointRow, Registry, ResultRow, RunRow
@@ -133,7 +133,7 @@ class Reader:
         if "record.json" in names:
             try:
                 record = self._records.get(step) or read_record(self.root, step)
-            except ItpnError as error:
+            except (NotFound, DataInvalid) as error:
                 return StepInfo(step, "damaged", error=str(error))
             self._records[step] = record
             return _from_record(record)
@@ -178,7 +178,7 @@ def metric_lines(snapshot: Snapshot, info: StepInfo) -> list[dict[str, Any]]:
         try:
             text = storage.read_bytes(storage.join(out, path)).decode()
             lines += [line for line in map(json.loads, text.splitlines()) if isinstance(line, dict)]
-        except (ItpnError, ValueError):
+        except (NotFound, ValueError):
             continue  # gone or broken: the page shows the rest
     return lines
 
@@ -230,6 +230,6 @@ def _json(uri: str) -> dict[str, Any]:
     """A small object that only informs; {} when it is gone or cannot be read."""
     try:
         found = storage.read_json(uri)
-    except (ItpnError, ValueError):
+    except (NotFound, DataInvalid, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -10,8 +10,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from cluster.errors import ItpnError, PreflightError
-from pipeline.report.read import Reader
+from cluster.errors import ItpnError
+from pipeline.report.read import Reader, Snapshot
 from pipeline.report.site import Site
 
 log = logging.getLogger(__name__)
@@ -34,29 +34,47 @@ class LiveReport:
     def __init__(self, root: str, every_s: int = 3) -> None:
         self._reader, self._every_s = Reader(root), every_s
         self._lock = threading.Lock()
-        self._site, self._next = self._read()
+        began = time.monotonic()
+        # With the pages made so far; replaced as one, so that no thread mixes two sites.
+        self._shown: tuple[Site, dict[str, bytes]] = (self._site(self._reader.snapshot()), {})
+        self._next = self._rested(began)
 
-    def site(self) -> Site:
-        """The newest pages. While another thread reads the root, or it does not answer, those of before."""
+    def read(self, path: str) -> bytes | None:
+        """One file of the report as it is now; None when there is none of this name.
+
+        While another thread reads the root, or it does not answer, the pages are those of before. Raises
+        StorageUnavailable for a page that was not asked for before, and cannot be made now.
+        """
         if time.monotonic() >= self._next and self._lock.acquire(blocking=False):
             try:
-                self._site, self._next = self._read()
-            except PreflightError:
-                raise
-            except ItpnError as error:
-                log.warning("the root cannot be read: %s", error)
-                problem = f"The root cannot be read; this is older. {error.message}"
-                self._site = Site(self._site.snapshot, live_s=self._every_s, problem=problem)
-                self._next = time.monotonic() + self._every_s
+                self._look()
             finally:
                 self._lock.release()
-        return self._site
+        site, made = self._shown
+        data = made.get(path) or site.read(path)
+        if data is not None:
+            made[path] = data
+        return data
 
-    def _read(self) -> tuple[Site, float]:
-        began = time.monotonic()
-        site = Site(self._reader.snapshot(), live_s=self._every_s)
+    def _look(self) -> None:
+        began, site = time.monotonic(), self._shown[0]
+        try:
+            snapshot = self._reader.snapshot()
+            if site.problem or site.snapshot != snapshot:
+                self._shown = self._site(snapshot), {}
+        except ItpnError as error:
+            log.warning("the root cannot be read: %s", error)
+            problem = f"The root cannot be read; this is older. {error.message}"
+            if site.problem != problem:
+                self._shown = self._site(site.snapshot, problem), {}
+        self._next = self._rested(began)
+
+    def _site(self, snapshot: Snapshot, problem: str = "") -> Site:
+        return Site(snapshot, live_s=self._every_s, problem=problem)
+
+    def _rested(self, began: float) -> float:
         now = time.monotonic()
-        return site, now + max(self._every_s, REST * (now - began))
+        return now + max(self._every_s, REST * (now - began))
 
 
 def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
@@ -85,7 +103,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(403, b"only for this machine", "text/plain")
             return
         path = unquote(urlsplit(self.path).path).lstrip("/") or "index.html"
-        data = self.live.site().read(path)
+        try:
+            data = self.live.read(path)
+        except ItpnError as error:
+            self._answer(503, str(error).encode(), "text/plain")
+            return
         if data is None:
             self._answer(404, b"there is no such page", "text/plain")
             return

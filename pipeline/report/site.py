@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.csv
 
 from cluster import storage
-from cluster.errors import ItpnError, PreflightError
+from cluster.errors import NotFound, PreflightError
 from pipeline.registry import ResultRow, Rows
 from pipeline.report import charts, graph, tables
 from pipeline.report.read import Snapshot, StepInfo, metric_lines, pictures
@@ -45,7 +45,7 @@ class Site:
     """
 
     def __init__(self, snapshot: Snapshot, *, live_s: int = 0, problem: str = "") -> None:
-        self.snapshot = snapshot
+        self.snapshot, self.problem = snapshot, problem
         self._environment = _environment()
         self.page_of = {step: f"steps/{slug(step)}.html" for step in snapshot.steps}
         self._trained = {row.checkpoint.sha256: row.step for row in snapshot.checkpoints}
@@ -75,10 +75,14 @@ class Site:
         return list(self._makers)
 
     def read(self, path: str) -> bytes | None:
-        """The bytes of one file; None when there is none of this name, or a picture is gone."""
+        """The bytes of one file; None when there is none of this name, or a picture is gone.
+
+        Raises StorageUnavailable when the store does not answer.
+        """
+        maker = self._makers.get(path)
         try:
-            return self._makers[path]()
-        except (KeyError, ItpnError):
+            return maker() if maker else None
+        except NotFound:
             return None
 
     def _page(self, template: str, base: str = "", **values: Any) -> bytes:

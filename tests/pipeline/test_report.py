@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster import storage
 from cluster.errors import ConfigError, NotFound
 from cluster.lease import Lease
+from pipeline.cli import app
 from pipeline.registry import Registry, ResultRow
 from pipeline.report import build, charts, graph, tables
 from pipeline.report.read import Reader, metric_lines
@@ -198,6 +204,27 @@ def test_report_reads_an_object_store(root: str, moto_root: str, tmp_path: Path)
     snapshot = Reader(moto_root).snapshot()
     assert {info.state for info in snapshot.steps.values()} >= {"finished", "failed", "interrupted"}
     assert b"rolled back" in (Site(snapshot).read("steps/finetune--a--v1.html") or b"")
+
+
+def test_command_writes_the_report_and_names_its_index(root: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", "--root", root, "--out", str(tmp_path / "report"), "--json"])
+    assert result.exit_code == 0, result.output
+    index = json.loads(result.stdout.splitlines()[-1])["index"]
+    assert Path(index) == tmp_path / "report" / "index.html" and Path(index).is_file()
+
+
+def test_command_serves_until_it_is_interrupted(root: str) -> None:
+    command = [sys.executable, "-m", "pipeline", "serve", "--root", root, "--port", "0", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        url = json.loads(server.stdout.readline())["url"]
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(url) as answer:
+            assert b"Leaderboard" in answer.read()
+        taken = CliRunner().invoke(app, ["serve", "--root", root, "--port", url.split(":")[-1].strip("/")])
+        assert taken.exit_code == 2 and "cannot be used" in taken.output
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
 
 
 def test_lineage_runs_from_left_to_right_and_no_box_covers_another(root: str) -> None:
