@@ -33,6 +33,7 @@ _CURVES = {
 }
 
 Chart = dict[str, Any]
+ModelKey = tuple[str, str]
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> list[Chart]:
@@ -78,28 +79,29 @@ def events(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | None]) -> list[Chart]:
     """One chart per metric of speed that was measured, a point for each measurement of it and each data set.
 
-    A point's height is the newest top-1 of the same weights in the same variant (acceleration, resolution).
-    Points are told apart by the settings (batch, resolution, acceleration, …) in which measurements differ,
-    else by initialisation, and by data set where there are several.
+    A point's height is the newest top-1 of the same weights with the same acceleration, resolution and precision.
+    Points are told apart by what differs between measurements (batch, resolution, acceleration, device), else by
+    initialisation, and by data set where there are several.
 
     Args:
         rows: oldest first.
         href: the page of a row's weights, if there is one.
     """
-    accuracy: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
+    accuracy: dict[ModelKey, dict[str, float]] = {}
+    # Of several ways to judge the same predictions the plain one counts: it has the shortest name.
+    for row in sorted(rows, key=lambda row: -len(row.variant)):
         if row.metric == ACCURACY and _finite(row.value):
-            data = f"{row.dataset}/{row.split}"
-            accuracy.setdefault((row.checkpoint_sha256, row.variant), {})[data] = row.value
+            labels = " ReaL" if row.evaluator.get("kind") == "real" else ""
+            accuracy.setdefault(model_of(row), {})[f"{row.dataset}/{row.split}{labels}"] = row.value
     charts = []
     for metric, (title, unit, factor) in SPEEDS.items():
-        drawn = [r for r in rows if r.metric == metric and (r.checkpoint_sha256, r.variant) in accuracy]
+        drawn = [row for row in rows if row.metric == metric and model_of(row) in accuracy]
         drawn = [row for row in drawn if _finite(row.value) and row.value > 0]  # the axis is logarithmic
-        settings = _differing([{"variant": row.variant} | row.evaluator for row in drawn])
-        names = {name for row in drawn for name in accuracy[row.checkpoint_sha256, row.variant]}
+        settings = _differing([_setting(row) for row in drawn])
+        names = {name for row in drawn for name in accuracy[model_of(row)]}
         traces: dict[str, dict[str, Any]] = {}
         for row, setting in zip(drawn, settings, strict=True):
-            for data, value in accuracy[row.checkpoint_sha256, row.variant].items():
+            for data, value in accuracy[model_of(row)].items():
                 name = " · ".join([setting or row.init, *([data] if len(names) > 1 else [])])
                 trace = traces.setdefault(name, {"name": name, "points": True})
                 about = {"text": f"{row.step} · {data}", "href": href(row)}
@@ -113,17 +115,35 @@ def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | 
     return charts
 
 
+def model_of(row: ResultRow) -> ModelKey:
+    """What a measurement was made of: weights, acceleration, image size, precision. Speed and accuracy meet in it."""
+    facts = row.evaluator
+    view = facts.get("view") or (facts.get("data") or {}).get("view") or {}
+    acceleration = {name: value for name, value in (facts.get("acceleration") or {}).items() if value}
+    how = [facts.get("image_size") or view.get("size"), acceleration, facts.get("precision")]
+    return row.checkpoint_sha256, json.dumps(how, sort_keys=True)
+
+
+def _setting(row: ResultRow) -> dict[str, Any]:
+    """What tells one measurement of speed from another; a variant names most of it."""
+    if not row.variant:
+        return row.evaluator
+    kept: dict[str, Any] = {
+        name: row.evaluator[name] for name in ("precision", "device") if name in row.evaluator
+    }
+    return {"variant": row.variant, **kept}
+
+
 def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
     """For each config the leaves in which not all agree, as text; empty where all are alike."""
     flat = [dict(_leaves(config)) for config in configs]
     names = list(dict.fromkeys(name for leaves in flat for name in leaves))
     differ = [n for n in names if len({json.dumps(leaves.get(n), sort_keys=True) for leaves in flat}) > 1]
-    return [
-        " · ".join(
-            f"{name.rsplit('.', 1)[-1]} {_text(leaves[name])}".strip() for name in differ if name in leaves
-        )
-        for leaves in flat
-    ]
+    return [" · ".join(_told(n, leaves[n]) for n in differ if leaves.get(n) is not None) for leaves in flat]
+
+
+def _told(name: str, value: Any) -> str:
+    return _text(value) if name in ("variant", "device") else f"{name.rsplit('.', 1)[-1]} {_text(value)}"
 
 
 def _leaves(config: Any, path: str = "") -> list[tuple[str, Any]]:

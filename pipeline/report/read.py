@@ -18,6 +18,7 @@ from cluster.lease import holder_of
 from pipeline.record import Record
 from pipeline.registry import CheckpointRow, Registry, ResultRow, RunRow
 from pipeline.registry.aliases import Alias, Aliases
+from pipeline.registry.deletions import Deletions
 from pipeline.registry.lineage import read_record
 
 THREADS = 16
@@ -59,6 +60,7 @@ class Snapshot:
     checkpoints: list[CheckpointRow]
     steps: dict[str, StepInfo]
     aliases: dict[str, Alias]
+    deleted: dict[str, str]  # URI of a checkpoint whose files were deleted -> when, by whom and why
     files: dict[str, list[storage.ObjectInfo]]  # step -> the objects in its output folder
 
     def aliases_of(self, step: str, sha256: str) -> list[str]:
@@ -100,8 +102,13 @@ class Reader:
             checkpoints=sorted(checkpoints, key=lambda r: (r.created_at, r.step)),
             steps=self._steps(files, sorted(runs, key=lambda r: r.created_at)),
             aliases=Aliases(self.registry).all() if events["aliases"] else {},
+            deleted=self._deleted() if events["deleted"] else {},
             files=dict(files),
         )
+
+    def _deleted(self) -> dict[str, str]:
+        gone = Deletions(self.registry).done()
+        return {uri: f"deleted {d.at[:16]} by {d.by}@{d.host}: {d.why}" for uri, d in gone.items()}
 
     def _read(self, folder: str, uris: list[str]) -> list[Any]:
         new = [uri for uri in uris if uri not in self._events]

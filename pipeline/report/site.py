@@ -52,7 +52,7 @@ class Site:
         self._graph = graph.made_from({step: info.inputs.values() for step, info in snapshot.steps.items()})
         self._environment.globals |= {
             "root": snapshot.root, "steps": snapshot.steps, "page_of": self.page_of, "live_s": live_s,
-            "problem": problem, "aliases_of": snapshot.aliases_of, "most_rows": ROWS,
+            "problem": problem, "aliases_of": snapshot.aliases_of, "deleted": snapshot.deleted, "most_rows": ROWS,
         }  # fmt: skip
         self._makers: dict[str, Callable[[], bytes | None]] = {
             "index.html": self._index,
@@ -205,7 +205,8 @@ def _environment() -> Any:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     environment.filters |= {
-        "measure": tables.measure, "unit": tables.unit, "plain": tables.plain, "size": tables.size,
+        "measure": tables.measure, "unit": tables.unit, "heading_unit": tables.heading_unit,
+        "plain": tables.plain, "size": tables.size,
         "duration": tables.duration, "moment": tables.moment,
     }  # fmt: skip
     return environment

@@ -10,14 +10,24 @@ from typing import Any
 
 from pipeline.registry import LOWER_IS_BETTER, ResultRow, better_first
 from pipeline.registry.events import ANY_DATA
+from pipeline.report.charts import ModelKey, model_of
 
-METRICS = 12  # columns of the leaderboard; further metrics are on the page of all results
+METRICS = 14  # columns of the leaderboard; further metrics are on the page of all results
 # Metrics that come first, in this order.
-_FIRST = ("top1", "top5", "loss", "ece", "images_per_s", "latency_p50_ms", "latency_p99_ms", "flops")
+_FIRST = (
+    "top1", "top5", "knn_top1", "linear_top1", "loss", "ece", "mean_class_top1", "worst_class_top1",
+    "images_per_s", "latency_p50_ms", "latency_p99_ms", "flops", "peak_memory_bytes",
+)  # fmt: skip
+# Metrics of a classifier's whole model, to which its speed belongs.
+_OF_A_MODEL = {"top1", "top5", "loss"}
 # Metric -> unit, factor, digits after the point (None: four significant ones).
 _UNITS: dict[str, tuple[str, float, int | None]] = {
     "top1": ("%", 1.0, 2),
     "top5": ("%", 1.0, 2),
+    "knn_top1": ("%", 1.0, 2),
+    "linear_top1": ("%", 1.0, 2),
+    "mean_class_top1": ("%", 1.0, 2),
+    "worst_class_top1": ("%", 1.0, 2),
     "loss": ("", 1.0, 4),
     "ece": ("", 1.0, 4),
     "images_per_s": ("images/s", 1.0, None),
@@ -62,21 +72,27 @@ def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[lis
     """
     metrics = metrics_of(rows)[:METRICS]
     groups: dict[tuple[str, str, str, str], dict[str, ResultRow]] = {}
-    speeds: dict[tuple[str, str], dict[str, ResultRow]] = {}
+    speeds: dict[ModelKey, dict[str, ResultRow]] = {}
     for row in rows:
         if row.dataset != ANY_DATA:
             place = (row.dataset, row.split, row.checkpoint_sha256, row.variant)
             groups.setdefault(place, {})[row.metric] = row  # the newest
         else:  # of several batch sizes the best
-            found = speeds.setdefault((row.checkpoint_sha256, row.variant), {})
+            found = speeds.setdefault(model_of(row), {})
             found[row.metric] = better_first([row, *(found[m] for m in (row.metric,) if m in found)])[0]
-    measured = {(sha256, variant) for _, _, sha256, variant in groups}
-    for sha256, variant in speeds.keys() - measured:
-        groups[ANY_DATA, ANY_DATA, sha256, variant] = {}
+    joined: dict[tuple[str, str, str, str], dict[str, ResultRow]] = {}
+    for place, own in groups.items():
+        joined[place] = own
+        for key in dict.fromkeys(model_of(row) for row in own.values() if row.metric in _OF_A_MODEL):
+            joined[place] = speeds.get(key, {}) | joined[place]
+    measured = {model_of(row) for own in groups.values() for row in own.values() if row.metric in _OF_A_MODEL}
+    for key in speeds.keys() - measured:
+        one = next(iter(speeds[key].values()))
+        joined[ANY_DATA, ANY_DATA, one.checkpoint_sha256, one.variant] = speeds[key]
     lines = []
-    for (dataset, split, sha256, variant), own in groups.items():
-        last = max((own or speeds[sha256, variant]).values(), key=lambda row: row.created_at)
-        values = speeds.get((sha256, variant), {}) | own
+    for (dataset, split, sha256, variant), values in joined.items():
+        own = groups.get((dataset, split, sha256, variant), values)
+        last = max(own.values(), key=lambda row: row.created_at)
         facts = (last.init, last.seed, last.created_at, last.samples)
         lines.append(Line(dataset, split, variant, trained.get(sha256, last.step), sha256, *facts, values))
     sign = 1 if metrics and metrics[0] in LOWER_IS_BETTER else -1
@@ -93,6 +109,11 @@ def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[lis
 def unit(metric: str) -> str:
     """The unit in which `measure` writes this metric; empty for a plain number."""
     return _UNITS.get(metric, ("", 1.0, None))[0]
+
+
+def heading_unit(metric: str) -> str:
+    """The unit, where the metric's name does not say it."""
+    return "" if metric.endswith(("_per_s", "_ms", "_seconds")) else unit(metric)
 
 
 def measure(value: Any, metric: str = "") -> str:

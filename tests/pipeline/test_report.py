@@ -20,6 +20,8 @@ from cluster.errors import ConfigError, NotFound
 from cluster.lease import Lease
 from pipeline.cli import app
 from pipeline.registry import Registry, ResultRow
+from pipeline.registry.deletions import Deletions
+from pipeline.registry.lineage import find
 from pipeline.report import build, charts, graph, tables
 from pipeline.report.read import Reader, metric_lines
 from pipeline.report.site import ROWS, Site, slug
@@ -127,19 +129,26 @@ def test_long_curves_are_thinned_out_and_keep_their_end() -> None:
     assert chart["traces"][0]["x"][-1] == 10_000 and "every 5th" in chart["note"]
 
 
-def test_speed_is_drawn_against_the_accuracy_of_the_same_weights_and_variant() -> None:
+def test_speed_is_drawn_against_the_accuracy_of_the_same_model() -> None:
+    migrated = {"migration": {"keep": 0.5}, "gathering": None}
+    plain = {"kind": "classification", "view": {"size": 96}, "precision": "fp32"}
+    fast = {"kind": "speed", "image_size": 96, "acceleration": {"migration": None}, "precision": "fp32"}
     rows = [
-        row("top1", 80.0), row("top1", 70.0, variant="migrated"), row("top1", 75.0, "b" * 64),
-        speed("images_per_s", 100.0, evaluator={"batch": 1}), speed("images_per_s", 900.0, evaluator={"batch": 64}),
-        speed("images_per_s", 1900.0, evaluator={"batch": 64}, variant="migrated"),
-        speed("images_per_s", 5.0, "c" * 64),  # its accuracy is not known
+        row("top1", 82.0, evaluator=plain | {"restrict": False}, variant="all classes"),
+        row("top1", 80.0, evaluator=plain), row("top1", 75.0, "b" * 64, evaluator=plain),
+        row("top1", 70.0, evaluator=plain | {"acceleration": migrated}, variant="migration"),
+        speed("images_per_s", 100.0, evaluator=fast | {"batch_size": 1}, variant="off 96px b1"),
+        speed("images_per_s", 900.0, evaluator=fast | {"batch_size": 64}, variant="off 96px b64"),
+        speed("images_per_s", 1900.0, evaluator=fast | {"acceleration": migrated}, variant="migration 96px b64"),
+        speed("images_per_s", 2900.0, evaluator=fast | {"image_size": 64}, variant="off 64px b64"),
+        speed("images_per_s", 5.0, "c" * 64, evaluator=fast),  # the accuracy of these two is not known
     ]  # fmt: skip
     (chart,) = charts.accuracy_speed(rows, lambda row: None)
     points = {t["name"]: list(zip(t["x"], t["y"], strict=True)) for t in chart["traces"]}
     assert points == {
-        "variant · batch 1": [(100.0, 80.0)],
-        "variant · batch 64": [(900.0, 80.0)],
-        "variant migrated · batch 64": [(1900.0, 70.0)],
+        "off 96px b1": [(100.0, 80.0)],
+        "off 96px b64": [(900.0, 80.0)],
+        "migration 96px b64": [(1900.0, 70.0)],
     }
     assert charts.accuracy_speed([row("top1", 80.0)], lambda row: None) == []
 
@@ -161,14 +170,15 @@ def test_leaderboard_puts_the_best_first_and_joins_speed_to_every_data_set() -> 
     ]
 
 
-def test_ten_thousand_results_make_a_short_page_and_a_whole_csv(tmp_path: Path) -> None:
-    root = reported.many(str(tmp_path / "root"), 10_000)
+@pytest.mark.parametrize("count", [1200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_results_make_a_short_page_and_a_whole_csv(count: int, tmp_path: Path) -> None:
+    root = reported.many(str(tmp_path / "root"), count)
     index = build(root, tmp_path / "report")
     text = index.read_text()
-    assert text.count("<tr>") == ROWS + 1 and "10,000" in text and 'href="results.csv"' in text
-    assert text.index("99.99") < text.index("99.98")
+    assert text.count("<tr>") == ROWS + 1 and f"{count:,}" in text and 'href="results.csv"' in text
+    assert text.index(f">{(count - 1) / 100:.2f}<") < text.index(f">{(count - 2) / 100:.2f}<")
     with open(index.parent / "results.csv", newline="") as file:
-        assert len(list(csv.DictReader(file))) == 10_000
+        assert len(list(csv.DictReader(file))) == count
 
 
 def test_a_new_report_replaces_the_old_one_and_nothing_else(root: str, tmp_path: Path) -> None:
@@ -204,6 +214,18 @@ def test_report_reads_an_object_store(root: str, moto_root: str, tmp_path: Path)
     snapshot = Reader(moto_root).snapshot()
     assert {info.state for info in snapshot.steps.values()} >= {"finished", "failed", "interrupted"}
     assert b"rolled back" in (Site(snapshot).read("steps/finetune--a--v1.html") or b"")
+
+
+def test_a_checkpoint_whose_files_were_deleted_is_marked(tmp_path: Path) -> None:
+    registry = Registry(reported.make(str(tmp_path / "root")))
+    row = find(registry, "pretrain/base/v1")
+    deletions = Deletions(registry)
+    mark = deletions.mark(row.run, row.step, row.checkpoint, "older than <b>any</b>")
+    assert mark and deletions.commit(mark)
+    site = Site(Reader(registry.root).snapshot())
+    for path in ("checkpoints.html", "steps/pretrain--base--v1.html"):
+        page = (site.read(path) or b"").decode()
+        assert "older than &lt;b&gt;any" in page and page.count("older than") == 1
 
 
 def test_command_writes_the_report_and_names_its_index(root: str, tmp_path: Path) -> None:
