@@ -42,6 +42,21 @@ def shard_step(config: ShardConfig, version: str, resources: Resources) -> Step:
     return Step(kind="shard", name=config.name, version=version, fn=shard, config=config, resources=resources)
 
 
+def evaluate_step(
+    name: str, config: EvaluateConfig, data: Step, checkpoint: Step, version: str, resources: Resources
+) -> Step:
+    """Evaluates the weights that `checkpoint` hands on."""
+    return Step(
+        kind="evaluate",
+        name=name,
+        version=version,
+        fn=evaluate,
+        config=config,
+        inputs={"data": data, "checkpoint": checkpoint},
+        resources=resources,
+    )
+
+
 def pretrain_step(name: str, config: PretrainConfig, data: Step, version: str, resources: Resources) -> Step:
     """Pre-trains on `data`."""
     return Step(

@@ -4,7 +4,8 @@
 
 A Fast-iTPN of 1.4 M parameters is pre-trained on clipart-12 (bundled: 1,751 + 439 images of 96 px, 12 classes)
 against clip-micro (bundled: a small real CLIP), then fine-tuned from those weights and from scratch, with two
-seeds each, and evaluated. Hardware: 2 CPU cores, 4 GB. What it reaches stands in docs/LOG.md.
+seeds each, and evaluated; the pre-trained features are judged by themselves too (k-NN, linear probe).
+Hardware: 2 CPU cores, 4 GB. What it reaches stands in docs/LOG.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from cluster.resources import Resources
 from pipeline import preflight
-from pipeline.recipes._chain import SCRATCH, Machines, fan_out, pretrain_step, shard_step
+from pipeline.recipes._chain import SCRATCH, Machines, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, expand
 from pipeline.registry.retention import Retention
 from pipeline.step import Step
@@ -21,7 +22,7 @@ from pipeline.version import REPOSITORY
 from stages.config import Config, not_identity
 from stages.data.config import DataConfig, EvalDataConfig
 from stages.data.view import EvalView, TrainView
-from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.config import Classification, EvaluateConfig, Knn, Linear, Speed
 from stages.finetune.config import FinetuneConfig, MixConfig
 from stages.model.config import ObjectiveConfig, TeacherConfig, backbone_config
 from stages.pretrain.config import PretrainConfig
@@ -29,6 +30,7 @@ from stages.shard.config import ShardConfig
 from stages.train.config import CheckpointConfig, OptimiserConfig, ScheduleConfig, WatchConfig
 
 ASSETS = REPOSITORY / "assets"
+VIEW = EvalDataConfig(view=EvalView(size=96, crop_pct=1.0))
 PLAIN = (0.5, 0.5, 0.5)  # one normalisation throughout: the fine-tuning is too short to adapt to another
 
 
@@ -63,15 +65,17 @@ class Recipe(Config):
         checkpoint=CheckpointConfig(save_every_steps=20),
     )
     evaluate: EvaluateConfig = EvaluateConfig(
-        data=EvalDataConfig(view=EvalView(size=96, crop_pct=1.0)), mean=PLAIN, std=PLAIN
+        data=VIEW, evaluators=(Classification(), Speed(batch_sizes=(32,), warmup=2, iterations=10))
     )
+    # Of the pre-trained features, without fine-tuning.
+    probe: EvaluateConfig = EvaluateConfig(data=VIEW, evaluators=(Knn(), Linear()))
     seeds: tuple[int, ...] = Field((0, 1), min_length=1)
     pretrain_workers: int = not_identity(2, ge=1)
     retention: Retention = not_identity(Retention())
 
 
 def build(config: Recipe) -> list[Step]:
-    """shard → pretrain → (pretrained | scratch) × seeds → evaluate."""
+    """shard → pretrain → probe, and (pretrained | scratch) × seeds → evaluate."""
     machines = Machines(
         shard=Resources(workers=2),
         pretrain=Resources(workers=config.pretrain_workers),
@@ -80,11 +84,13 @@ def build(config: Recipe) -> list[Step]:
     )
     data = shard_step(config.data, config.version, machines.shard)
     trained = pretrain_step("demo", config.pretrain, data, config.version, machines.pretrain)
+    probed = evaluate_step("demo-features", config.probe, data, trained, config.version, machines.evaluate)
     jobs = expand(Grid(checkpoint=("pretrained", SCRATCH), seed=config.seeds))
     checkpoints = {"pretrained": trained}
-    return fan_out(
+    tuned = fan_out(
         "demo", config.finetune, config.evaluate, jobs, checkpoints, data, config.version, machines
     )
+    return [*tuned, probed]
 
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:

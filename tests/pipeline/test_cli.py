@@ -42,7 +42,7 @@ def test_dry_run_prints_step_state_output_and_resources(tmp_path: Path) -> None:
     steps = last_json(done)["steps"]
     assert [s["state"] for s in steps] == ["to do"] * len(steps)
     kinds = [s["step"].split("/")[0] for s in steps]
-    assert kinds.count("finetune") >= 4 and kinds.count("evaluate") == kinds.count("finetune")
+    assert kinds.count("finetune") >= 4 and kinds.count("evaluate") == kinds.count("finetune") + 1
     assert steps[0]["output"].startswith(str(tmp_path)) and "CPU" in steps[0]["resources"]
     assert "to do" in done.stderr and not any(tmp_path.iterdir()), "a dry run writes nothing"
 
