@@ -115,24 +115,19 @@ def evaluate(
     address: AddressOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Evaluate a classifier at its own resolution.
+    """Evaluate a classifier at its own resolution, or the features of a backbone (k-NN, linear probe).
 
     [bold]Examples[/]
 
       itpn evaluate production --root runs/demo --set gpus_per_worker=0
 
-      itpn evaluate /weights/fast_itpn_base_224.pth --root s3://bucket/itpn --data s3://bucket/ILSVRC2012.tar
+      itpn evaluate /weights/fast_itpn_base_224.pth --root s3://bucket/itpn --data s3://bucket/ILSVRC2012.tar \
+        --set also.imagenet_real=/data/real.json --set also.imagenet_a=/data/imagenet-a.tar
     """
     from pipeline.given import Given, about
     from pipeline.recipes._imagenet import WHOLE_IMAGE_FROM
 
     given = Given(root_of(root), checkpoint, ema)
-    if given.kind != "classifier":
-        raise ConfigError(
-            f"'{checkpoint}' is no classifier",
-            found=f"weights of kind {given.kind}",
-            remedy="itpn finetune makes a classifier of it, and evaluates it",
-        )
     module = recipes.load("evaluate")
     config = module.Recipe()
     size = given.backbone.img_size
@@ -140,6 +135,8 @@ def evaluate(
     trained = given.record.config if given.record else {}
     same = {key: trained[key] for key in ("mean", "std") if key in trained}  # normalised as in its training
     values = config.evaluate.model_dump() | same
+    if given.kind != "classifier":
+        values["evaluators"] = [{"kind": "knn"}, {"kind": "linear"}]
     values["data"]["view"] |= view
     config = config.model_copy(update={"evaluate": type(config.evaluate).parse(values)})
     config = about(config, root_of(root), given, data).with_set(parse_assignments(set_))

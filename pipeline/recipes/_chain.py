@@ -116,7 +116,7 @@ def fan_out(
             retries=2,
             labels=labels(job),
         )
-        judged = _at_size(evaluation, job.resolution, whole_image_from) if job.resolution else evaluation
+        judged = at_size(evaluation, job.resolution, whole_image_from) if job.resolution else evaluation
         for kind in weights:
             ending, checkpoint = "", tuned
             if kind == "last" and config.ema_decay > 0:
@@ -158,7 +158,7 @@ def _weights(kind: Weights, config: FinetuneConfig) -> str:
     return "ema" if kind == "handed on" and config.ema_decay > 0 else "last"
 
 
-def _at_size(evaluation: EvaluateConfig, size: int, whole_image_from: int | None) -> EvaluateConfig:
+def at_size(evaluation: EvaluateConfig, size: int, whole_image_from: int | None) -> EvaluateConfig:
     """The evaluation of images of `size` pixels."""
     view = evaluation.data.view.model_copy(update={"size": size})
     if whole_image_from is not None and size >= whole_image_from:

@@ -12,6 +12,7 @@ from pipeline import preflight
 from pipeline.recipes._chain import Machines, adopt_step, fan_out, shard_step
 from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
 from pipeline.recipes._jobs import Grid, Job, expand
+from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
 from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
@@ -29,6 +30,7 @@ class FromCheckpoints(Config):
     data_version: str = not_identity("")  # of the data set's output; by default the recipe's
     checkpoints: dict[str, AdoptConfig] = Field(min_length=1)  # by the names that outputs carry
     evaluate: EvaluateConfig = EvaluateConfig()
+    also: OtherSets = OtherSets()  # further sets to evaluate on
     gpus_per_worker: float = not_identity(1.0, ge=0)  # below 1, jobs of one worker share a GPU
     cpus_per_worker: float = not_identity(8.0, gt=0)
     shard_workers: int = not_identity(16, ge=1)
@@ -56,7 +58,7 @@ def build_downstream(config: DownstreamRecipe) -> list[Step]:
     grid = config.grid
     if not grid.checkpoint:
         grid = grid.model_copy(update={"checkpoint": tuple(config.checkpoints)})
-    return fan_out(
+    judged = fan_out(
         "downstream",
         config.finetune,
         config.evaluate,
@@ -67,6 +69,7 @@ def build_downstream(config: DownstreamRecipe) -> list[Step]:
         machines,
         whole_image_from=WHOLE_IMAGE_FROM,
     )
+    return also_on(judged, config.also, config.version, machines.shard)
 
 
 def data_step(config: FromCheckpoints) -> Step:
@@ -97,6 +100,7 @@ def from_checkpoints_requirements(
         )
     )
     needs += [_given(name, source) for name, source in config.checkpoints.items()]
+    needs += other_requirements(config.also)
     return needs
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from cluster.resources import Resources
 from pipeline import preflight
-from pipeline.recipes._chain import Machines, fan_out, pretrain_step, shard_step
+from pipeline.recipes._chain import Machines, at_size, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, Job, expand
+from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
 from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from stages.config import Config, not_identity
-from stages.evaluate.config import EvaluateConfig
+from stages.data.config import EvalDataConfig
+from stages.evaluate.config import (
+    Acceleration,
+    Classification,
+    EvaluateConfig,
+    Evaluator,
+    Knn,
+    Linear,
+    Speed,
+)
 from stages.finetune.config import FinetuneConfig
 from stages.pretrain.config import PretrainConfig
 from stages.shard.config import ShardConfig
@@ -18,17 +28,30 @@ from stages.train.config import CheckpointConfig, WatchConfig
 IMAGENET = ShardConfig(name="imagenet-1k", source="", shard_bytes=256 * 2**20)
 SAVE = CheckpointConfig(save_every_minutes=20, keep_last=3)
 WATCH = WatchConfig(picture_every_steps=2000, tensorboard=True)
+READ = EvalDataConfig(loader_workers=6)
+SETTINGS = tuple(Acceleration(setting=name) for name in ("off", "migration", "gathering", "both"))
+# Accuracy and speed of the model as it is, and at every acceleration: the accuracy-speed curve.
+CURVE: tuple[Evaluator, ...] = (
+    Classification(),
+    *(Classification(acceleration=each) for each in SETTINGS),
+    Speed(settings=SETTINGS),
+)
 WHOLE_IMAGE_FROM = 384  # pixels: the published evaluation crops the centre (0.875) below
 
 
 class ImageNetRecipe(Config):
-    """Pre-training on ImageNet-1K, then fine-tuning jobs side by side, each evaluated."""
+    """Pre-training on ImageNet-1K, then fine-tuning jobs side by side, each evaluated.
+
+    `probe` judges the pre-trained features without fine-tuning; `also` names further sets to evaluate on.
+    """
 
     version: str = not_identity("v1")
     data: ShardConfig = IMAGENET
     pretrain: PretrainConfig
     finetune: FinetuneConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig(data=READ, evaluators=CURVE)
+    probe: EvaluateConfig = EvaluateConfig(data=READ, evaluators=(Knn(), Linear()))
+    also: OtherSets = OtherSets()
     grid: Grid  # of the fine-tuning jobs
     jobs: tuple[Job, ...] = ()  # further ones
     gpus: int = not_identity(8, ge=1)  # of pre-training
@@ -39,7 +62,7 @@ class ImageNetRecipe(Config):
 
 
 def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
-    """shard → pretrain → one fine-tuning for each job → evaluate."""
+    """shard → pretrain → probe, and one fine-tuning for each job → evaluate."""
     gpu = {"cpus": config.cpus_per_gpu, "gpus": 1.0}
     machines = Machines(
         shard=Resources(workers=config.shard_workers),
@@ -49,7 +72,10 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
     )
     data = shard_step(config.data, config.version, machines.shard)
     trained = pretrain_step(name, config.pretrain, data, config.version, machines.pretrain)
-    return fan_out(
+    size = config.pretrain.backbone.img_size
+    probe = at_size(config.probe, size, WHOLE_IMAGE_FROM)
+    probed = evaluate_step(f"{name}-features", probe, data, trained, config.version, machines.evaluate)
+    judged = fan_out(
         name,
         config.finetune,
         config.evaluate,
@@ -60,6 +86,7 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
         machines,
         whole_image_from=WHOLE_IMAGE_FROM,
     )
+    return [*also_on(judged, config.also, config.version, machines.shard), probed]
 
 
 def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:
@@ -79,4 +106,5 @@ def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[p
             "(TEACHER=PATH with make)",
             "pretrain",
         ),
+        *other_requirements(config.also),
     ]

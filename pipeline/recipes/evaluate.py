@@ -1,4 +1,4 @@
-"""Given classifiers, evaluated on a data set.
+"""Given checkpoints, evaluated on a data set: classifiers, and the features of pre-trained backbones.
 
     make evaluate CHECKPOINT=production ROOT=s3://bucket/itpn
     itpn evaluate /weights/fast_itpn_base_224.pth --root runs/eval --data s3://bucket/ILSVRC2012.tar
@@ -13,10 +13,11 @@ from pydantic import Field
 
 from cluster.resources import Resources
 from pipeline import preflight
+from pipeline.recipes._chain import evaluate_step
 from pipeline.recipes._downstream import FromCheckpoints, data_step, from_checkpoints_requirements, starts
+from pipeline.recipes._other_sets import also_on
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
-from stages.evaluate.stage import run as evaluate
 
 
 class Recipe(FromCheckpoints):
@@ -28,18 +29,13 @@ class Recipe(FromCheckpoints):
 def build(config: Recipe) -> list[Step]:
     """shard, import → evaluate."""
     data = data_step(config)
-    return [
-        Step(
-            kind="evaluate",
-            name=f"{name}-{config.evaluate.data.view.size}px",
-            version=config.version,
-            fn=evaluate,
-            config=config.evaluate,
-            inputs={"data": data, "checkpoint": start},
-            resources=Resources(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker),
-        )
+    judge = Resources(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)
+    size = config.evaluate.data.view.size
+    judged = [
+        evaluate_step(f"{name}-{size}px", config.evaluate, data, start, config.version, judge)
         for name, start in starts(config).items()
     ]
+    return also_on(judged, config.also, config.version, Resources(workers=config.shard_workers))
 
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:

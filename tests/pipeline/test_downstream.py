@@ -78,7 +78,6 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "no root was given" in refused("finetune", uri, "--root", "")
     told = refused("finetune", str(tmp_path / "absent.pth"), "--root", root)
     assert "neither a weights file nor a checkpoint" in told and "alias" in told
-    assert "is no classifier" in refused("evaluate", uri, "--root", root)
     cpu = settings(*CPU)
     told = refused("finetune", uri, "--root", root, *cpu)
     assert "data set: not given" in told and "IMAGENET=URI or DATA=URI" in told
