@@ -143,7 +143,7 @@ class Reader:
             except (NotFound, DataInvalid) as error:
                 return StepInfo(step, "damaged", error=str(error))
             self._records[step] = record
-            return _from_record(record)
+            return _from_record(record, self.root)
         plan = _json(storage.join(out, "plan.json"))
         identity = plan.get("identity") if isinstance(plan.get("identity"), dict) else {}
         common: dict[str, Any] = {
@@ -203,7 +203,11 @@ def pictures(snapshot: Snapshot, info: StepInfo) -> dict[int, str]:
     return {number: found[number].uri for number in sorted(found)}
 
 
-def _from_record(record: Record) -> StepInfo:
+def _from_record(record: Record, root: str) -> StepInfo:
+    inputs = {name: needed.step for name, needed in record.inputs.items()}
+    weights = record.config.get("uri")  # weights that were taken in; they may be of a step here
+    if isinstance(weights, str) and weights.startswith(root + "/"):
+        inputs["weights"] = "/".join(weights.removeprefix(root + "/").split("/")[:3])
     return StepInfo(
         record.step,
         "finished",
@@ -214,7 +218,7 @@ def _from_record(record: Record) -> StepInfo:
         gpu_seconds=record.gpu_seconds,
         host=record.host,
         fingerprint=record.fingerprint,
-        inputs={name: needed.step for name, needed in record.inputs.items()},
+        inputs=inputs,
     )
 
 

@@ -29,6 +29,7 @@ PICTURES = 12  # of a step's page
 NODES = 150  # of the lineage graph; fewer around one step
 NODES_OF_STEP = 40
 EVENTS = 500
+KINDS = ("shard", "pretrain", "import", "finetune", "evaluate")  # have a colour of their own
 PNG = b"\x89PNG\r\n\x1a\n"
 PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*")
 
@@ -48,11 +49,13 @@ class Site:
         self.snapshot, self.problem = snapshot, problem
         self._environment = _environment()
         self.page_of = {step: f"steps/{slug(step)}.html" for step in snapshot.steps}
-        self._trained = {row.checkpoint.sha256: row.step for row in snapshot.checkpoints}
+        # Weights that were taken in again belong to the step that made them first.
+        self._trained = {row.checkpoint.sha256: row.step for row in reversed(snapshot.checkpoints)}
         self._graph = graph.made_from({step: info.inputs.values() for step, info in snapshot.steps.items()})
         self._environment.globals |= {
             "root": snapshot.root, "steps": snapshot.steps, "page_of": self.page_of, "live_s": live_s,
             "problem": problem, "aliases_of": snapshot.aliases_of, "deleted": snapshot.deleted, "most_rows": ROWS,
+            "all_kinds": KINDS,
         }  # fmt: skip
         self._makers: dict[str, Callable[[], bytes | None]] = {
             "index.html": self._index,
@@ -126,7 +129,10 @@ class Site:
                 if step in self._graph and len(kept) < NODES:
                     kept |= graph.around(self._graph, step, 1)
         drawn = self._drawn(kept)
-        return self._page("lineage.html", page="lineage.html", drawn=drawn, total=total, shown=len(kept))
+        kinds = [kind for kind in KINDS if any(step.startswith(f"{kind}/") for step in kept)]
+        return self._page(
+            "lineage.html", page="lineage.html", drawn=drawn, total=total, shown=len(kept), kinds=kinds
+        )
 
     def _step(self, info: StepInfo) -> bytes:
         snapshot, record = self.snapshot, info.record

@@ -35,6 +35,10 @@ class MadeConfig(Config):
     text: str = EVIL
 
 
+class TakenConfig(MadeConfig):
+    uri: str = ""
+
+
 def shard(config: MadeConfig, inputs: Mapping[str, Any], context: StageContext) -> Outcome:
     info = _write(context, "manifest.json", b"{}")
     uri = storage.join(context.out, info.path)

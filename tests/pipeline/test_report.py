@@ -25,7 +25,9 @@ from pipeline.registry.lineage import find
 from pipeline.report import build, charts, graph, tables
 from pipeline.report.read import Reader, metric_lines
 from pipeline.report.site import ROWS, Site, slug
-from tests.pipeline import reported
+from pipeline.runner import Runner
+from pipeline.step import Step
+from tests.pipeline import reported, toys
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,14 @@ def test_a_checkpoint_whose_files_were_deleted_is_marked(tmp_path: Path) -> None
     for path in ("checkpoints.html", "steps/pretrain--base--v1.html"):
         page = (site.read(path) or b"").decode()
         assert "older than &lt;b&gt;any" in page and page.count("older than") == 1
+
+
+def test_weights_that_were_taken_in_are_joined_to_the_step_that_made_them(tmp_path: Path) -> None:
+    root = reported.make(str(tmp_path / "root"))
+    uri = find(Registry(root), "finetune/a/v1").checkpoint.uri
+    step = Step(kind="import", name="given", fn=reported.train, config=reported.TakenConfig(uri=uri))
+    Runner(root, "evaluate", [step], open_session=toys.ThreadSession).run()
+    assert Reader(root).snapshot().steps["import/given/v1"].inputs == {"weights": "finetune/a/v1"}
 
 
 def test_command_writes_the_report_and_names_its_index(root: str, tmp_path: Path) -> None:
