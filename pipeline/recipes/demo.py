@@ -63,6 +63,7 @@ class Recipe(Config):
         schedule=ScheduleConfig(steps=40, warmup_steps=5, min_lr=1e-6),
         optimiser=OptimiserConfig(lr=2e-3, layer_decay=0.9),
         checkpoint=CheckpointConfig(save_every_steps=20),
+        watch=WatchConfig(picture_every_steps=20),
     )
     evaluate: EvaluateConfig = EvaluateConfig(
         data=VIEW, evaluators=(Classification(), Speed(batch_sizes=(32,), warmup=2, iterations=10))
