@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from cluster import storage
 from cluster.errors import ConfigError
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
+from pipeline.commands.export import checkpoints_export
 from pipeline.commands.gc import checkpoints_gc
 from pipeline.commands.results import print_lineage
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.aliases import Alias, Aliases
 from pipeline.registry.deletions import Deletion, Deletions
-from pipeline.registry.lineage import find, lineage, read_record, verify
+from pipeline.registry.lineage import find, lineage, verify
 
 app = typer.Typer(help="Checkpoints and the aliases that point at them.", no_args_is_help=True)
 app.command("gc")(checkpoints_gc)
+app.command("export")(checkpoints_export)
 CheckpointArg = Annotated[str, typer.Argument(help="An alias, a step, or the start of a sha256.")]
 AliasArg = Annotated[str, typer.Argument(help="Name of the alias, e.g. production.")]
 
@@ -186,36 +186,6 @@ def checkpoints_history(alias: AliasArg, root: RootOpt = "", as_json: JsonOpt = 
         )
         line = f"{move.at[:19]}  {move.step}  {move.checkpoint_sha256[:12]}  {move.by}@{move.host}{note}"
         console_of(False).print(Text(line), soft_wrap=True)
-
-
-@app.command("export")
-@guarded
-def checkpoints_export(
-    checkpoint: CheckpointArg,
-    out: Annotated[Path, typer.Option(help="Local folder; it must be new or empty.")],
-    root: RootOpt = "",
-    as_json: JsonOpt = False,
-) -> None:
-    """Copy a checkpoint's files into a folder, verified, with its lineage in lineage.json.
-
-    [bold]Example[/]: itpn checkpoints export production --out ./production --root runs/demo
-    """
-    registry = Registry(root_of(root))
-    row = find(registry, checkpoint)
-    Deletions(registry).refuse_deleted(row.checkpoint.uri)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty", remedy="name a new folder")
-    names = []
-    for info in read_record(registry.root, row.step).files:
-        name = "/".join(info.path.split("/")[2:])  # without attempts/<id>/
-        uri = storage.join(registry.root, row.step, info.path)
-        storage.download_file(uri, out / name, sha256=info.sha256, bytes=info.bytes)
-        names.append(name)
-    data = storage.canonical_json(lineage(registry.root, row.step))
-    (out / "lineage.json").write_bytes(data)
-    console_of(as_json).print(f"{len(names)} files of {row.step} in {out}")
-    if as_json:
-        view.print_json({"ok": True, "step": row.step, "files": [*names, "lineage.json"]})
 
 
 def _tell(alias: Alias, as_json: bool) -> None:

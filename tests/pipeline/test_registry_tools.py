@@ -144,14 +144,6 @@ def test_alias_never_points_at_missing_weights(root: str) -> None:
         Aliases(registry).promote(gone, "production")
 
 
-def test_export_is_verified_and_carries_lineage(root: str, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    found = itpn("checkpoints", "export", "finetune/a/v1", "--out", str(out), "--root", root)
-    assert found["files"] == ["weights", "lineage.json"]
-    assert (out / "weights").read_bytes() == b"3.0"
-    assert itpn("checkpoints", "export", "finetune/a/v1", "--out", str(out), "--root", root)["code"] == 2
-
-
 def test_view_has_each_event_once_and_is_rebuilt_to_the_same(root: str) -> None:
     from pipeline.registry import delta
 

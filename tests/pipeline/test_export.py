@@ -1,0 +1,102 @@
+"""Checkpoints as files for other programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cluster import storage
+from pipeline.cli import app
+from pipeline.registry import Registry
+from pipeline.registry.lineage import find
+from pipeline.runner import Runner
+from pipeline.step import Step
+from stages.artifacts import CheckpointRef, FileInfo, Outcome
+from stages.context import StageContext
+from stages.model import BackboneConfig, Classifier, load, save_model
+from tests.pipeline import toys
+
+
+def itpn(*arguments: str) -> dict:
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    return json.loads(done.stdout.strip().splitlines()[-1]) | {"code": done.exit_code}
+
+
+def make_classifier(config: toys.ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
+    """A real classifier of 64 pixels and 3 classes, saved as training saves one."""
+    torch.manual_seed(config.seed)
+    model = Classifier(BackboneConfig(img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1), 3)
+    folder = Path(storage.join(context.files))
+    save_model(folder, model.state_dict(), model.describe())
+    files = [
+        FileInfo(
+            path=f"attempts/{context.attempt}/{p.name}",
+            bytes=p.stat().st_size,
+            sha256=storage.sha256_file(p),
+        )
+        for p in sorted(folder.iterdir())
+    ]
+    weights = next(f for f in files if f.path.endswith("model.safetensors"))
+    reference = CheckpointRef(
+        uri=f"{context.out}/{weights.path}", sha256=weights.sha256, bytes=weights.bytes, step=1, task="classify",
+        dataset="toy", data_fingerprint="d" * 64, seed=config.seed,
+    )  # fmt: skip
+    return Outcome(artifact=reference, files=files)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    step = Step(kind="finetune", name="m", fn=make_classifier, config=toys.ToyConfig())
+    Runner(str(tmp_path / "root"), "toy", [step], open_session=toys.ThreadSession).run()
+    return str(tmp_path / "root")
+
+
+def test_stored_files_are_copied_verified_with_their_lineage(root: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = itpn("checkpoints", "export", "finetune/m/v1", "--out", str(out), "--root", root)
+    assert [f["name"] for f in found["files"]] == ["config.json", "model.safetensors", "lineage.json"]
+    assert found["files"][1]["sha256"] == find(Registry(root), "finetune/m/v1").checkpoint.sha256
+    assert json.loads((out / "lineage.json").read_text())["step"] == "finetune/m/v1"
+    again = itpn("checkpoints", "export", "finetune/m/v1", "--out", str(out), "--root", root)
+    assert again["code"] == 2 and "not empty" in again["error"]
+
+
+def test_published_layout_comes_back_as_the_same_model(root: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = itpn(
+        "checkpoints", "export", "finetune/m/v1", "--out", str(out), "--format", "published", "--root", root
+    )
+    assert [f["name"] for f in found["files"]] == ["published.pth", "lineage.json"]
+    image = torch.randn(1, 3, 64, 64)
+    original = load(find(Registry(root), "finetune/m/v1").checkpoint.uri)
+    with torch.no_grad():
+        assert torch.equal(load(str(out / "published.pth"))(image), original(image))
+
+
+def test_damaged_weights_are_not_exported_and_nothing_is_left(root: str, tmp_path: Path) -> None:
+    uri = find(Registry(root), "finetune/m/v1").checkpoint.uri
+    storage.overwrite(uri, b"x" * storage.size(uri))
+    for format_ in ("itpn", "published"):
+        out = tmp_path / format_
+        found = itpn(
+            "checkpoints", "export", "finetune/m/v1", "--out", str(out), "--format", format_, "--root", root
+        )
+        assert found["code"] == 5 and "sha256" in found["error"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["root"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="the extra onnx is not installed")
+def test_onnx_files_tell_their_outputs_and_deviation(root: str, tmp_path: Path) -> None:
+    arguments = ["--format", "onnx", "--format", "itpn", "--img-size", "96", "--root", root]
+    found = itpn("checkpoints", "export", "finetune/m/v1", "--out", str(tmp_path / "out"), *arguments)
+    assert found["code"] == 0, found
+    files = {f["name"]: f for f in found["files"]}
+    assert files["classifier.onnx"]["outputs"] == ["logits"] and files["classifier.onnx"]["deviation"] < 1e-3
+    assert "model.safetensors" in files and (tmp_path / "out/features.onnx").stat().st_size > 0
