@@ -209,6 +209,47 @@ def results_compare(
         console.print(Text(f"  {line['field']}: " + "  |  ".join(map(str, line["values"]))), soft_wrap=True)
 
 
+@app.command("export")
+@guarded
+def results_export(
+    root: RootOpt = "",
+    mlflow: Annotated[
+        str | None, typer.Option(metavar="URI", help="Tracking server (http://…), or sqlite:///FILE.")
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Local folder for event files.")
+    ] = None,
+    run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
+    as_json: JsonOpt = False,
+) -> None:
+    """Show the results to MLflow or TensorBoard; doing it again adds only what is new.
+
+    [bold]Examples[/]
+
+      itpn results export --mlflow sqlite:///mlflow.db --root runs/demo
+
+      itpn results export --tensorboard runs/demo-results --root runs/demo
+    """
+    from pipeline.registry import exports
+
+    if mlflow is None and tensorboard is None:
+        raise ConfigError(
+            "nothing says where to export to", remedy="--mlflow URI or --tensorboard DIR, or both"
+        )
+    registry = Registry(root_of(root))
+    rows = registry.results(run=run_name)
+    found: dict[str, int] = {}
+    if tensorboard is not None:
+        found["tensorboard"] = exports.to_tensorboard(registry, rows, tensorboard)
+    if mlflow is not None:
+        found["mlflow"] = exports.to_mlflow(registry, rows, mlflow)
+    what = {"tensorboard": f"event files under {tensorboard}", "mlflow": f"metrics at {mlflow}"}
+    for name, count in found.items():
+        console_of(as_json).print(Text(f"{count} new {what[name]}, of {len(rows)} results"), soft_wrap=True)
+    if as_json:
+        view.print_json({"ok": True, "root": registry.root, "results": len(rows), "new": found})
+
+
 def print_lineage(console: Console, node: dict[str, Any], role: str = "", depth: int = 0) -> None:
     """The tree of `lineage`, one line for each step and fact."""
     pad = "  " * depth

@@ -96,7 +96,7 @@ def _config_diff(registry: Registry, groups: list[list[ResultRow]]) -> list[dict
     for members in groups:
         found: dict[str, list[Any]] = defaultdict(list)
         for step in sorted({r.step for r in members}):
-            for path, _, value in differences({}, _training_config(registry, step)):
+            for path, _, value in differences({}, training_config(registry, step)):
                 if value not in found[path]:
                     found[path].append(value)
         leaves.append(found)
@@ -115,7 +115,7 @@ def _config_diff(registry: Registry, groups: list[list[ResultRow]]) -> list[dict
     return diff
 
 
-def _training_config(registry: Registry, step: str) -> dict[str, Any]:
+def training_config(registry: Registry, step: str) -> dict[str, Any]:
     """The configs that an evaluation's weights were trained with: of its checkpoint's step and of that one's `init`."""
     try:
         record: Record = read_record(registry.root, step)

@@ -100,3 +100,81 @@ def test_onnx_files_tell_their_outputs_and_deviation(root: str, tmp_path: Path) 
     files = {f["name"]: f for f in found["files"]}
     assert files["classifier.onnx"]["outputs"] == ["logits"] and files["classifier.onnx"]["deviation"] < 1e-3
     assert "model.safetensors" in files and (tmp_path / "out/features.onnx").stat().st_size > 0
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> str:
+    Runner(str(tmp_path / "root"), "toy", toys.chain(), open_session=toys.ThreadSession).run()
+    return str(tmp_path / "root")
+
+
+def more_results(root: str) -> None:
+    """A third evaluation, made after the first export."""
+    step = toys.chain()[0].inputs["checkpoint"]
+    late = Step(
+        kind="evaluate", name="late", fn=toys.evaluate, config=toys.ToyConfig(seed=1), inputs={"checkpoint": step}
+    )  # fmt: skip
+    Runner(root, "toy", [late], open_session=toys.ThreadSession).run()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
+    """What TensorBoard itself reads: (tag, step, value) of every run."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    reader = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
+    found: dict[str, list[tuple[str, int, float]]] = {}
+    for run, tags in reader.Runs().items():
+        for tag in tags["tensors"]:
+            values = reader.Tensors(run, tag)
+            found.setdefault(run, []).extend(
+                (tag, v.step, float(v.tensor_proto.float_val[0])) for v in values
+            )
+        for tag in tags["scalars"]:
+            found.setdefault(run, []).extend((tag, v.step, v.value) for v in reader.Scalars(run, tag))
+    return {run: sorted(values) for run, values in found.items()}
+
+
+def test_tensorboard_reads_each_result_once_however_often_it_is_exported(
+    evaluated: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    arguments = ["results", "export", "--tensorboard", str(tmp_path / "tb"), "--root", evaluated]
+    assert [itpn(*arguments)["new"]["tensorboard"] for _ in range(2)] == [2, 0]
+    expected = {
+        "evaluate/a/v1": [("toy/val/loss", 1, -3.0), ("toy/val/top1", 1, 3.0)],
+        "evaluate/b/v1": [("toy/val/loss", 1, -1.0), ("toy/val/top1", 1, 1.0)],
+    }
+    assert scalars(tmp_path / "tb") == expected
+    more_results(evaluated)
+    assert itpn(*arguments)["new"]["tensorboard"] == 1
+    found = scalars(tmp_path / "tb")
+    assert found["evaluate/late/v1"] == expected["evaluate/a/v1"] and len(found) == 3
+
+
+@pytest.mark.slow
+def test_mlflow_has_each_result_once_also_after_an_export_that_was_cut(
+    evaluated: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    arguments = ["results", "export", "--mlflow", uri, "--root", evaluated]
+    with monkeypatch.context() as patch:
+
+        def dies(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(tracking.MlflowClient, "log_batch", dies)
+        assert CliRunner().invoke(app, arguments).exit_code == 130
+    assert [itpn(*arguments)["new"]["mlflow"] for _ in range(2)] == [4, 0]
+    more_results(evaluated)
+    assert itpn(*arguments)["new"]["mlflow"] == 2
+    client = tracking.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("toy").experiment_id])
+    found = {run.info.run_name: run for run in runs}
+    assert len(runs) == 3 and all(run.info.status == "FINISHED" for run in runs)
+    first = found["evaluate/a/v1"]
+    assert first.data.metrics == {"toy/val/top1": 3.0, "toy/val/loss": -3.0}
+    assert len(client.get_metric_history(first.info.run_id, "toy/val/top1")) == 1
+    assert first.data.params["train.value"] == "3.0" and first.data.tags["itpn.init"] == "pretrained"
+    refused = itpn("results", "export", "--mlflow", "nonsense://x", "--root", evaluated)
+    assert refused["code"] == 2 and "sqlite:///FILE" in refused["error"]
