@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
 GPUS = (8, 64, 512)
@@ -139,38 +140,48 @@ def recipes() -> str:
     return table([*headings, "on 8 H100", "fine-tuning on 8 A100"], rows)
 
 
-def pretrain_arithmetic(config) -> tuple[int, int]:  # type: ignore[no-untyped-def]
-    """Forward FLOPs of student and of CLIP ViT-L/14, for one image."""
+def clip_large() -> dict[str, tuple[int, ...]]:
+    """Shapes of CLIP ViT-L/14's vision tower, in OpenAI's layout."""
+    width, layers, patch, grid, dim = 1024, 24, 14, 16, 768
+    norms = {f"{norm}.{part}": (width,) for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")}
+    shapes = {
+        "class_embedding": (width,), "positional_embedding": (grid**2 + 1, width), "proj": (width, dim),
+        "conv1.weight": (width, 3, patch, patch), **norms,
+    }  # fmt: skip
+    block = {
+        "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+        **{f"{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")},
+    }  # fmt: skip
+    for layer in range(layers):
+        shapes |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def clip_large_teacher(config: Any, device: str) -> Any:
+    """A teacher of that architecture with arbitrary weights: its cost is the real one's. On `meta` it has no data."""
     import torch
 
     from stages.model.clip_tower import ClipTower
+    from stages.model.teacher import CLIP_MEAN, CLIP_STD, Teacher, Tower
+
+    where = "meta" if device == "meta" else "cpu"
+    state = {name: torch.empty(shape, device=where).normal_(std=0.02) for name, shape in clip_large().items()}
+    tower = ClipTower(state, heads=None, quick_gelu=True)
+    return Teacher(Tower(tower, 14, 224, 768, CLIP_MEAN, CLIP_STD), config, "", torch.device(device))
+
+
+def pretrain_arithmetic(config: Any) -> tuple[int, int]:
+    """Forward FLOPs of student and of CLIP ViT-L/14, for one image."""
     from stages.model.flops import pretrain_flops, teacher_flops
-    from stages.model.teacher import Teacher, Tower
 
-    width, layers, patch, grid, dim = 1024, 24, 14, 16, 768
-    shapes = {
-        "class_embedding": (width,), "positional_embedding": (grid**2 + 1, width), "proj": (width, dim),
-        "conv1.weight": (width, 3, patch, patch),
-        **{f"{norm}.{part}": (width,) for norm in ("ln_pre", "ln_post") for part in ("weight", "bias")},
-    }  # fmt: skip
-    for layer in range(layers):
-        block = {
-            "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
-            "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
-            "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
-            "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
-            **{f"{norm}.{part}": (width,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")},
-        }  # fmt: skip
-        shapes |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in block.items()}
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    tower = Tower(
-        ClipTower(state, heads=None, quick_gelu=True), patch, grid * patch, dim, (0.0,) * 3, (1.0,) * 3
-    )
-    teacher = Teacher(tower, config.teacher, "", torch.device("meta"))
-    return pretrain_flops(config.backbone, config.objective, dim), teacher_flops(teacher)
+    teacher = clip_large_teacher(config.teacher, "meta")
+    return pretrain_flops(config.backbone, config.objective, teacher.dim), teacher_flops(teacher)
 
 
-def finetune_arithmetic(config, size: int) -> int:  # type: ignore[no-untyped-def]
+def finetune_arithmetic(config: Any, size: int) -> int:
     """FLOPs of a fine-tuning step for one image of size x size pixels."""
     from stages.model.flops import backbone_flops
 

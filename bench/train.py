@@ -4,15 +4,21 @@ Prints what it does and, last, one JSON object:
 - overhead_over_bare_loop: extra time of a step of the loop (DeepSpeed, guards, metrics) over a bare
   forward-backward-AdamW step of the same model, data, teacher and masks. Both run in turns in one process.
 - save_stall_share: time that the loop stands still for a save, over the time between two saves at the default
-  interval (one epoch of clipart-12).
-- images_per_s, data_wait_share, step_ms, bare_step_ms, save_stall_ms.
-- state_bytes_zero0…3 and theory_bytes_zero0…3: weights, gradients and AdamW state on one of two ranks at the
-  optimiser step, counted from the tensors, beside the formula of docs/scaling.md. Not with --quick.
+  interval (one epoch).
+- step_ms, bare_step_ms, save_stall_ms, and images_per_s and data_wait_share of training on shards of clipart-12.
+- peak_mib_<precision>_zero<stage> and theory_mib_…: most memory that one of two ranks held in the third and fourth step
+  above what it had before the model was built, beside the state of bench/scaling.py. The difference is activations,
+  buckets and the allocator.
+  Not with --quick.
+- on a GPU mfu: of L at 256 pixels with a teacher of CLIP ViT-L/14's shape, which is then the model of the figures above
+  too; on a CPU it is fast_itpn_micro with clip-micro.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -21,21 +27,61 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from scaling import IMAGES, clip_large_teacher, state_bytes, step_buffer_bytes
 
 from cluster import distributed
 from cluster.distributed import World
+from stages.artifacts import DatasetRef
+from stages.context import StageContext
 from stages.data.feed import Batch
-from stages.model import MaskedFeatureModel, load_teacher
+from stages.model import MaskedFeatureModel, Teacher, load_teacher
+from stages.model.flops import pretrain_flops, teacher_flops
 from stages.pretrain.config import PretrainConfig
 from stages.pretrain.task import MfmTask
+from stages.shard.config import ShardConfig
+from stages.shard.stage import run as shard
+from stages.train.feeds import open_training_data
 from stages.train.loop import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
-EPOCH_STEPS = 27  # clipart-12's 1751 training images at a batch of 64
+MICRO = {"backbone": "fast_itpn_micro", "data": {"view": {"size": 96, "min_scale": 0.35}, "streams": 8}}
+LARGE = {
+    "backbone": {"size": "fast_itpn_large", "img_size": 256},
+    "data": {"view": {"size": 256}},
+    "teacher": {"uri": "", "input_size": 224},
+    "objective": {},
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: by default the demo's model on the CPU; on a GPU the large recipe's."""
+
+    gpu: bool
+    batch: int
+    epoch_steps: int  # the default save interval
+
+    def config(self, steps: int, **changes: Any) -> PretrainConfig:
+        values = {
+            "objective": {"fpn_dim": 64},
+            "teacher": {"uri": str(ROOT / "assets" / "clip-micro")},
+            **(LARGE if self.gpu else MICRO),
+            "global_batch": self.batch,
+            "schedule": {"steps": steps, "warmup_steps": 2},
+            "engine": {"precision": "bf16", "compile": True} if self.gpu else {},
+        }
+        return PretrainConfig.parse(values | changes)
+
+    def teacher(self, config: PretrainConfig, device: str) -> Teacher:
+        return (
+            clip_large_teacher(config.teacher, device) if self.gpu else load_teacher(config.teacher, device)
+        )
 
 
 class Synthetic:
@@ -59,18 +105,27 @@ class Synthetic:
         pass
 
 
-def config(batch: int, steps: int, save_every: int, zero_stage: int = 1) -> PretrainConfig:
-    return PretrainConfig.parse(
-        {
-            "backbone": "fast_itpn_micro",
-            "objective": {"fpn_dim": 64},
-            "teacher": {"uri": str(ROOT / "assets" / "clip-micro")},
-            "data": {"view": {"size": 96}},
-            "global_batch": batch,
-            "schedule": {"steps": steps, "warmup_steps": 2},
-            "engine": {"zero_stage": zero_stage, "zero3_persist_numel": 0},
-            "checkpoint": {"save_every_steps": save_every},
-        }
+def make_task(config: PretrainConfig, teacher: Teacher, device: str) -> MfmTask:
+    torch.manual_seed(0)
+    return MfmTask(
+        config, MaskedFeatureModel(config.backbone, config.objective, teacher.dim), teacher, device
+    )
+
+
+def make_trainer(task: MfmTask, world: World, out: str, make_feed: Any, steps_per_epoch: int) -> Trainer:
+    config, teacher = task.config, task.teacher
+    student = pretrain_flops(config.backbone, config.objective, teacher.dim)
+    return Trainer(
+        task=task,
+        config=config,
+        world=world,
+        make_feed=make_feed,
+        steps_per_epoch=steps_per_epoch,
+        out=out,
+        attempt="bench",
+        identity={},
+        data_fingerprint="bench",
+        flops_per_image=3 * student + teacher_flops(teacher),
     )
 
 
@@ -80,128 +135,158 @@ def bare_step(task: MfmTask, optimiser: torch.optim.Optimizer, batch: Batch) -> 
     torch.nn.utils.clip_grad_norm_(task.module.parameters(), 3.0)
     optimiser.step()
     optimiser.zero_grad()
+    if task.device != "cpu":
+        torch.cuda.synchronize()
 
 
-def loop_cost(batch: int, steps: int, clock: Callable[[], float], out: str) -> dict[str, float]:
+def loop_cost(subject: Subject, steps: int, clock: Callable[[], float], out: str) -> dict[str, float]:
     """Steps of the loop and of a bare loop in turns: what the machine does meanwhile hits both alike."""
-    world = distributed.init(use_gpu=False)
-    settings = config(batch, steps, save_every=max(steps // 3, 1))
-    teacher = load_teacher(settings.teacher, world.device)
-    tasks = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        module = MaskedFeatureModel(settings.backbone, settings.objective, teacher.dim)
-        tasks.append(MfmTask(settings, module, teacher, world.device))
-    optimiser = torch.optim.AdamW(tasks[1].module.parameters(), lr=1e-3, fused=True)
+    world = distributed.init()
+    settings = subject.config(steps, checkpoint={"save_every_steps": max(steps // 3, 1)})
+    teacher = subject.teacher(settings, world.device)
+    task, other = (make_task(settings, teacher, world.device) for _ in range(2))
+    other.module.to(world.device, torch.bfloat16 if subject.gpu else torch.float32)
+    if subject.gpu:
+        other.module.compile()
+    optimiser = torch.optim.AdamW(other.module.parameters(), lr=1e-3, fused=True)
     own: list[float] = []
     bare: list[float] = []
     marks: list[float] = []
     stalls: list[float] = []
+    size = settings.backbone.img_size
 
     def between() -> None:
         now = clock()
         stalls.append(trainer.checkpoints.stalled_s)
         if marks:
             own.append(now - marks[-1])
-        sample = next(iter(Synthetic(batch, 96, lambda: None, 1)))
+        sample = next(iter(Synthetic(subject.batch, size, lambda: None, 1)))
         began = clock()
-        bare_step(tasks[1], optimiser, sample)
+        bare_step(other, optimiser, sample)
         bare.append(clock() - began)
         marks.append(clock())
 
-    trainer = Trainer(
-        task=tasks[0],
-        config=settings,
-        world=world,
-        make_feed=lambda start, end: Synthetic(batch, 96, between, end),
-        steps_per_epoch=EPOCH_STEPS,
-        out=out,
-        attempt="bench",
-        identity={},
-        data_fingerprint="synthetic",
-    )
+    def feed(start: tuple[int, int], end: int) -> Synthetic:
+        return Synthetic(subject.batch, size, between, end)
+
+    trainer = make_trainer(task, world, out, feed, subject.epoch_steps)
     trainer.train()
     distributed.shutdown()
     step, bare_s = statistics.median(own[2:]), statistics.median(bare[3:])
-    stall = (
-        stalls[-1] / 2
-    )  # two saves in mid-run; the last one, which is waited for to its end, is not counted
+    # Two saves in mid-run; the last one, which is waited for to its end, is not counted.
+    stall = stalls[-1] / 2
     return {
         "overhead_over_bare_loop": step / bare_s - 1,
         "step_ms": 1e3 * step,
         "bare_step_ms": 1e3 * bare_s,
-        "images_per_s": batch / step,
-        "data_wait_share": 0.0,
         "save_stall_ms": 1e3 * stall,
-        "save_stall_share": stall / (EPOCH_STEPS * step),
+        "save_stall_share": stall / (subject.epoch_steps * step),
     }
 
 
-def state_bytes(stage: int, world: World, out: str) -> dict[str, int]:
-    """Bytes of weights, gradients and AdamW state that this rank holds when the optimiser steps."""
-    settings = config(8, 2, 100, stage)
-    teacher = load_teacher(settings.teacher, "cpu")
-    torch.manual_seed(0)
-    module = MaskedFeatureModel(settings.backbone, settings.objective, teacher.dim)
-    numel = sum(p.numel() for p in module.parameters())
-    found: dict[str, int] = {}
+def told(trainer: Trainer, out: str) -> dict[str, float]:
+    """Train, and give the medians of what the metrics file says of the second half of the steps."""
+    result = trainer.train()
+    texts = [(Path(out) / part["path"]).read_text() for part in result["metrics"]]
+    lines = [json.loads(line) for text in texts for line in text.splitlines()]
+    half = [line for line in lines if "loss" in line][len(lines) // 2 :]
+    names = ("images_per_s", "data_wait_share", "mfu")
+    return {n: statistics.median(line[n] for line in half) for n in names if n in half[0]}
+
+
+def fed(steps: int, folder: str) -> dict[str, float]:
+    """Training on real shards: images/s, and the share of time that the loop waits for them."""
+    source = ShardConfig(name="clipart-12", source=str(ROOT / "assets" / "clipart-12.tar"), shard_samples=256)
+    data = shard(source, {}, StageContext(out=f"{folder}/shards")).artifact
+    assert isinstance(data, DatasetRef)
+    world = distributed.init(use_gpu=False)
+    config = Subject(False, 32, 0).config(steps)
+    _, order, feed = open_training_data(config, config.data, data.manifest, split="train", world=world)
+    task = make_task(config, load_teacher(config.teacher, "cpu"), "cpu")
+    out = f"{folder}/fed"
+    found = told(make_trainer(task, world, out, feed, order.steps_per_epoch), out)
+    distributed.shutdown()
+    return found
+
+
+def mfu(subject: Subject, steps: int, out: str) -> dict[str, float]:
+    """Model FLOP utilisation of the loop alone on this GPU, and images/s."""
+    world = distributed.init()
+    config = subject.config(steps)
+    task = make_task(config, subject.teacher(config, world.device), world.device)
+
+    def feed(start: tuple[int, int], end: int) -> Synthetic:
+        return Synthetic(subject.batch, config.backbone.img_size, lambda: None, end)
+
+    found = told(make_trainer(task, world, out, feed, subject.epoch_steps), out)
+    distributed.shutdown()
+    return {"mfu": found["mfu"], "gpu_images_per_s": found["images_per_s"]}
+
+
+def memory() -> dict[str, float]:
+    """Peak memory of every stage and precision, each from two fresh processes."""
+    found: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        for stage in range(4):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+                command += ["--master-port", str(distributed.free_port()), __file__]
+                command += ["--memory-rank", folder, precision, str(stage)]
+                paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+                subprocess.run(
+                    command,
+                    check=True,
+                    env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+                )
+                result = json.loads((Path(folder) / "memory.json").read_text())
+            found |= {f"{name}_mib_{precision}_zero{stage}": value for name, value in result.items()}
+            print(
+                f"  {precision} ZeRO-{stage}: peak {result['peak']:.0f} MiB, state {result['theory']:.0f} MiB"
+            )
+    return found
+
+
+def memory_rank(folder: str, precision: str, stage: int) -> None:
+    """One rank of `memory`: a few steps of fast_itpn_tiny on small images, so that its state outweighs all else."""
+    world = distributed.init(use_gpu=False)
+    engine = {"zero_stage": stage, "precision": precision, "zero3_persist_numel": 0, "bucket_mb": 8.0}
+    config = Subject(False, 2 * world.world_size, 0).config(
+        5, backbone={"size": "fast_itpn_tiny", "img_size": 96}, engine=engine
+    )
+    teacher = load_teacher(config.teacher, "cpu")
+    import deepspeed  # noqa: F401  (its libraries are no part of the state)
+
+    peaks: list[int] = []
 
     class Watched(MfmTask):
         def losses(self, model: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
-            engine = trainer.engine
-            optimiser, step_now = engine.optimiser, engine.optimiser.step
-
-            def watched(closure: Any = None) -> Any:
-                masters = {id(p): p for g in optimiser.param_groups for p in g["params"]}
-                grads = sum(p.grad.numel() for p in masters.values() if p.grad is not None)
-                grads = max(grads, found.get("gradients", 0))
-                found.update(gradients=grads)
-                return step_now(closure)
-
-            optimiser.step = watched  # type: ignore[method-assign]
-            found["weights"] = sum(p.data.numel() for p in self.module.parameters())
-            found["adam"] = sum(t.numel() for s in optimiser.state.values() for t in s.values() if t.dim())
-            found["masters"] = sum(f.numel for f in engine.fragments) if stage else 0
+            if step == 2:  # what building it took, and the first steps, is over
+                gc.collect()
+                ctypes.CDLL(None).malloc_trim(0)
+                Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
+            peaks.append(_peak_bytes())  # the last is read before the save at the end
             return super().losses(model, batch, step)
 
-    trainer = Trainer(
-        task=Watched(settings, module, teacher, "cpu"),
-        config=settings,
-        world=world,
-        make_feed=lambda start, end: Synthetic(8 // world.world_size, 96, lambda: None, end),
-        steps_per_epoch=100,
-        out=out,
-        attempt="bench",
-        identity={},
-        data_fingerprint="synthetic",
-    )
-    trainer.train()
-    total = 4 * (found["weights"] + found["masters"] + found["adam"])
-    R = world.world_size
-    weights, rest = (numel / R if stage == 3 else numel), (numel / R if stage else numel)
-    theory = 4 * (weights + (rest if stage else 0) + 2 * rest)
-    return {f"state_bytes_zero{stage}": total, f"theory_bytes_zero{stage}": int(theory)}
+    before = psutil.Process().memory_info().rss
+    torch.manual_seed(0)
+    module = MaskedFeatureModel(config.backbone, config.objective, teacher.dim)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
 
+    def feed(start: tuple[int, int], end: int) -> Synthetic:
+        return Synthetic(2, 96, lambda: None, end)
 
-def memory() -> dict[str, int]:
-    """`state_bytes` of every stage, from two processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-port", str(distributed.free_port()), __file__, "--memory-rank", folder]
-        subprocess.run(
-            command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        )
-        return json.loads((Path(folder) / "memory.json").read_text())
-
-
-def memory_rank(folder: str) -> None:
-    world = distributed.init(use_gpu=False)
-    found: dict[str, int] = {}
-    for stage in range(4):
-        found |= state_bytes(stage, world, f"{folder}/{stage}")
+    make_trainer(Watched(config, module, teacher, "cpu"), world, f"{folder}/out", feed, 100).train()
+    state = sum(state_bytes(parameters, world.world_size, stage, precision).values())
+    state += step_buffer_bytes(parameters, world.world_size, stage, precision)
     if world.rank == 0:
-        (Path(folder) / "memory.json").write_text(json.dumps(found))
+        result = {"peak": (peaks[-1] - before) / 2**20, "theory": state / 2**20}
+        (Path(folder) / "memory.json").write_text(json.dumps(result))
     distributed.shutdown()
+
+
+def _peak_bytes() -> int:
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -209,19 +294,28 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="within a minute")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: on a shared machine")
-    parser.add_argument("--memory-rank", help=argparse.SUPPRESS)
+    parser.add_argument("--memory-rank", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_rank:
-        memory_rank(arguments.memory_rank)
+        folder, precision, stage = arguments.memory_rank
+        memory_rank(folder, precision, int(stage))
         return
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    batch, steps = 32, 18 if arguments.quick else 60
-    print(f"loop against bare loop: fast_itpn_micro, batch {batch}, {steps} steps, {arguments.clock} clock")
+    gpu, steps = torch.cuda.is_available(), 18 if arguments.quick else 60
+    # The default interval, one epoch: of clipart-12 at a batch of 64, of ImageNet-1K at 2048.
+    subject = Subject(True, 64, IMAGES // 2048) if gpu else Subject(False, 32, 27)
+    name = "fast_itpn_large at 256" if gpu else "fast_itpn_micro"
+    print(f"loop against bare loop: {name}, batch {subject.batch}, {steps} steps, {arguments.clock} clock")
     with tempfile.TemporaryDirectory() as out:
-        found: dict[str, float] = loop_cost(batch, steps, clock, out)
+        found = loop_cost(subject, steps, clock, f"{out}/loop")
+        print(f"training on shards of clipart-12: fast_itpn_micro, batch 32, {steps} steps")
+        found |= fed(steps, out)
+        if gpu:
+            print("MFU")
+            found |= mfu(subject, steps, f"{out}/mfu")
     if not arguments.quick:
-        print("state per ZeRO stage: two processes")
+        print("memory per ZeRO stage: fast_itpn_tiny, two processes on the CPU, one rank's peak")
         found |= memory()
     print(json.dumps({key: round(value, 4) for key, value in found.items()}))
 

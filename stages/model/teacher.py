@@ -104,13 +104,31 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
 
     Raises:
         ConfigError: the name or layout is not understood.
-        DataInvalid: the weights are missing, broken, or differ from `sha256`.
+        DataInvalid: the weights are missing, broken, give values that are not finite, or differ from `sha256`.
     """
     files = find_files(config)
     with local_copy(files.weights, sha256=config.sha256) as path:
         sha256 = config.sha256 or storage.sha256_file(path)
-        tower = _tower(config, files, path)
-    return Teacher(tower, config, sha256, torch.device(device))
+        try:
+            tower = _tower(config, files, path)
+        except (
+            DataInvalid
+        ) as error:  # told of a local copy, or of tensors: the reader knows the file by its URI
+            raise DataInvalid(
+                f"teacher {files.weights}: {error.message}",
+                expected=error.expected,
+                found=error.found,
+                remedy=error.remedy,
+            ) from None
+    teacher = Teacher(tower, config, sha256, torch.device(device))
+    grey = torch.full((1, 3, teacher.input_size, teacher.input_size), 0.5, device=device)
+    if not torch.isfinite(teacher(grey)).all():
+        raise DataInvalid(
+            f"teacher {files.weights}: its targets are not finite",
+            expected="finite features of a grey image",
+            remedy="the weights are damaged: fetch them again, and pin them with teacher.sha256",
+        )
+    return teacher
 
 
 @dataclass(frozen=True)

@@ -205,8 +205,18 @@ def test_missing_and_wrong_files_are_named(tmp_path):
     with pytest.raises(DataInvalid, match="no teacher at"):
         load_teacher(TeacherConfig(uri=str(tmp_path / "nothing")))
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(DataInvalid, match="no CLIP vision transformer"):
+    with pytest.raises(DataInvalid, match=r"model\.safetensors: .*no CLIP vision transformer"):
         load_teacher(TeacherConfig(uri=str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "not finite"])
+def test_damaged_weights_name_the_file(tmp_path, openai_state, damage):
+    path = tmp_path / "clip.safetensors"
+    save_file({**openai_state, "visual.proj": openai_state["visual.proj"] * float("nan")}, path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataInvalid, match=r"teacher .*clip\.safetensors: "):
+        load_teacher(TeacherConfig(uri=str(path), heads=4))
 
 
 def test_hub_names_are_fetched_and_failures_say_what_to_do(tmp_path, openai_state, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cluster import storage
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataInvalid
 from stages.artifacts import CheckpointRef, DatasetRef, Outcome
 from stages.context import StageContext
 from stages.evaluate.config import EvaluateConfig
@@ -22,6 +22,7 @@ from stages.model import load, load_teacher
 from stages.model.flops import pretrain_flops, teacher_flops
 from stages.pretrain.config import PretrainConfig
 from stages.pretrain.stage import run as pretrain
+from tests.stages.images import shard_folder
 
 TEACHER = Path(__file__).parents[3] / "assets" / "clip-micro"
 BACKBONE = {"img_size": 96, "embed_dim": 32, "depths": (1, 1, 2), "num_heads": 2, "drop_path": 0.2}
@@ -157,6 +158,14 @@ def test_view_and_backbone_of_different_sizes_are_refused(tiny_dataset, tmp_path
             {"data": tiny_dataset},
             StageContext(out=str(tmp_path)),
         )
+
+
+def test_shard_that_is_gone_in_mid_run_is_named(image_folder, tmp_path):
+    data = shard_folder(image_folder, tmp_path / "shards", shard_samples=8)
+    [victim] = (tmp_path / "shards").rglob("*train-000002*.tar")
+    victim.unlink()
+    with pytest.raises(DataInvalid, match=r"train-000002\.tar"):
+        pretrain(pretrain_config(), {"data": data}, StageContext(out=str(tmp_path / "out")))
 
 
 def test_missing_input_is_named(tmp_path):
