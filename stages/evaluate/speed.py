@@ -7,14 +7,61 @@ measured, not the reading.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stages.evaluate.found import Values
+from cluster import distributed
+from stages.evaluate.config import Acceleration, Speed
+from stages.evaluate.found import Found, Values
+from stages.evaluate.setting import acceleration_of, configure, name_of
+from stages.model.flops import backbone_flops
+
+if TYPE_CHECKING:
+    from stages.evaluate.workbench import Workbench
+
+
+def sweep(bench: Workbench, config: Speed) -> Iterator[Found]:
+    """Every combination of sizes, settings and batches. Collective: every rank calls it once."""
+    sizes = config.image_sizes or (bench.config.data.view.size,)
+    for size, acceleration in product(sizes, config.settings):
+        found = distributed.on_rank_zero(partial(_of_model, bench, config, acceleration, size))
+        yield from (Found(**item) for item in found)
+
+
+def _of_model(bench: Workbench, config: Speed, acceleration: Acceleration, size: int) -> list[dict[str, Any]]:
+    """One model at every batch size. A batch that does not fit into the GPU's memory is left out, with a note."""
+    backbone, device = configure(bench.weights.backbone, acceleration, size), device_name(bench.device)
+    model = bench.weights.model(backbone).to(bench.device, bench.dtype)
+    flops = backbone_flops(backbone, size, size, bench.weights.num_classes).total
+    how: dict[str, Any] = {"warmup": config.warmup, "iterations": config.iterations}
+    common = {"kind": "speed", "precision": bench.config.precision, "device": device, **how}
+    found = []
+    for batch in config.batch_sizes:
+        variant, values, notes = f"{name_of(backbone)} {size}px b{batch}", [], []
+        run = partial(speed, model, batch=batch, image_size=size, flops=flops, **how)
+        try:
+            values = list(run(device=bench.device, dtype=bench.dtype))
+        except torch.OutOfMemoryError:
+            notes = [f"speed {variant}: a batch does not fit into the memory of {device}"]
+        facts = {"batch_size": batch, "image_size": size, "acceleration": acceleration_of(backbone)}
+        item = Found(
+            values=values,
+            samples=batch * config.iterations,
+            evaluator=common | facts,
+            variant=variant,
+            on_data=False,
+            notes=notes,
+        )
+        found.append(asdict(item))
+    return found
 
 
 def device_name(device: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from cluster import distributed, storage
@@ -22,14 +20,17 @@ from stages.artifacts import (
     Outcome,
 )
 from stages.context import StageContext
-from stages.evaluate.config import Acceleration, Classification, EvaluateConfig, Knn, Linear, Real, Speed
+from stages.evaluate.config import Classification, EvaluateConfig, Knn, Linear, Real, Speed
 from stages.evaluate.found import Found
 from stages.train.launch import as_rank, spec_of
 
 if TYPE_CHECKING:
     from stages.evaluate.classification import ClassificationMeter
     from stages.evaluate.real import RealMeter
+    from stages.evaluate.setting import Setting
     from stages.evaluate.workbench import Workbench
+
+    Taker = tuple[Setting, list[tuple[Classification | Real, ClassificationMeter | RealMeter]]]
 
 
 def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
@@ -106,31 +107,50 @@ def evaluate_rank(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluate(config: EvaluateConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:
     from stages.evaluate.setting import Weights
+    from stages.evaluate.speed import sweep
     from stages.evaluate.workbench import Workbench
 
     weights = Weights.open(spec["checkpoint"]["uri"], spec["checkpoint"]["sha256"])
     bench = Workbench(config, weights, spec["data"], world=world, out=spec["out"])
-    every = [*_of_predictions(bench), *_of_features(bench), *_of_speed(bench)]
+    takers = _takers(bench)  # refuses classes and label files that do not fit, before any work
+    speeds = [
+        item
+        for evaluator in config.evaluators
+        if isinstance(evaluator, Speed)
+        for item in sweep(bench, evaluator)
+    ]  # first, while nothing else lies in the device's memory
+    every = [*_of_predictions(bench, takers), *_of_features(bench), *speeds]
     # A setting may be asked for twice: `off` is what a model without acceleration has as its own.
     once: dict[bytes, Found] = {}
     for item in every:
         once.setdefault(storage.canonical_json(item.evaluator), item)
     found = list(once.values())
     files = distributed.on_rank_zero(lambda: _write_tables(found, spec))
-    bench.finish(**{metric: value for item in found[:1] for metric, value in item.values})
+    bench.finish(
+        **{metric: value for item in found[:1] for metric, value in item.values if math.isfinite(value)}
+    )
     return {"found": [asdict(item) | {"table": None} for item in found], "files": files}
 
 
-def _of_predictions(bench: Workbench) -> Iterator[Found]:
-    """Evaluators of logits; those of one setting share one pass over the split."""
-    from stages.evaluate.workbench import own_facts, passes_of_logits
+def _takers(bench: Workbench) -> list[Taker]:
+    """Evaluators of logits with their meters, those of one setting together."""
+    from stages.evaluate.workbench import passes_of_logits
 
-    for setting, evaluators in passes_of_logits(bench):
-        meters = [_meter(bench, evaluator) for evaluator in evaluators]
+    return [
+        (setting, [(evaluator, _meter(bench, evaluator)) for evaluator in evaluators])
+        for setting, evaluators in passes_of_logits(bench)
+    ]
+
+
+def _of_predictions(bench: Workbench, takers: list[Taker]) -> Iterator[Found]:
+    """One pass over the split for each setting."""
+    from stages.evaluate.workbench import own_facts
+
+    for setting, meters in takers:
         for batch, logits_BK in bench.logits(setting):
-            for meter in meters:
+            for _, meter in meters:
                 meter.update(batch, logits_BK)
-        for evaluator, meter in zip(evaluators, meters, strict=True):
+        for evaluator, meter in meters:
             values = list(meter.finish())
             yield Found(
                 values=values,
@@ -183,61 +203,6 @@ def _of_features(bench: Workbench) -> Iterator[Found]:
             variant=setting.variant,
             notes=notes,
         )
-
-
-def _of_speed(bench: Workbench) -> Iterator[Found]:
-    """Every combination of settings, sizes and batches, measured by rank 0 while the others wait."""
-    for evaluator in bench.config.evaluators:
-        if isinstance(evaluator, Speed):
-            sizes = evaluator.image_sizes or (bench.config.data.view.size,)
-            for size, acceleration in product(sizes, evaluator.settings):
-                found = distributed.on_rank_zero(partial(_speeds, bench, evaluator, acceleration, size))
-                yield from (Found(**item) for item in found)
-
-
-def _speeds(
-    bench: Workbench, evaluator: Speed, acceleration: Acceleration, size: int
-) -> list[dict[str, Any]]:
-    """One model at every batch size. A batch that does not fit into the GPU's memory is left out, with a note."""
-    import torch
-
-    from stages.evaluate.setting import acceleration_of, configure, name_of
-    from stages.evaluate.speed import device_name, speed
-    from stages.model.flops import backbone_flops
-
-    backbone = configure(bench.weights.backbone, acceleration, size)
-    model = bench.weights.model(backbone).to(bench.device, bench.dtype)
-    flops = backbone_flops(backbone, size, size, bench.weights.num_classes).total
-    found = []
-    for batch in evaluator.batch_sizes:
-        values, notes, variant = [], [], f"{name_of(backbone)} {size}px b{batch}"
-        how = {"warmup": evaluator.warmup, "iterations": evaluator.iterations}
-        try:
-            values = list(
-                speed(
-                    model,
-                    batch=batch,
-                    image_size=size,
-                    flops=flops,
-                    device=bench.device,
-                    dtype=bench.dtype,
-                    **how,
-                )
-            )
-        except torch.OutOfMemoryError:
-            notes = [f"speed {variant}: a batch does not fit into the memory of {device_name(bench.device)}"]
-        facts = {"batch_size": batch, "image_size": size, "acceleration": acceleration_of(backbone), **how}
-        facts |= {"kind": "speed", "precision": bench.config.precision, "device": device_name(bench.device)}
-        item = Found(
-            values=values,
-            samples=batch * evaluator.iterations,
-            evaluator=facts,
-            variant=variant,
-            on_data=False,
-            notes=notes,
-        )
-        found.append(asdict(item))
-    return found
 
 
 def _write_tables(found: list[Found], spec: dict[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from stages.artifacts import DatasetRef, Outcome
 from stages.context import StageContext
 from stages.data.dataset import ShardDataset
 from stages.evaluate.classification import ClassificationMeter, rank_of_label
-from stages.evaluate.config import Classification
+from stages.evaluate.config import Classification, EvaluateConfig
 from stages.evaluate.label_space import match
 from stages.evaluate.stage import run
 from stages.model import save_model
@@ -26,13 +26,23 @@ from tests.stages.train import ranks
 pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
 
 CLASSES = 7
-CONFIG = models.config({"kind": "classification"}, {"kind": "knn", "k": 5}, {"kind": "linear", "l2": 0.1})
+# In ReaL's labels every fourth image has none, and the others have one of the seven classes or two.
+REAL = [[] if i % 4 == 0 else [i % CLASSES, (3 * i) % CLASSES] for i in range(35)]
+
+
+PLAIN = ("top1", "top5", "loss", "ece", "mean_class_top1", "worst_class_top1", "knn_top1", "linear_top1")
+SPEED = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "peak_memory_bytes", "flops")
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetRef:
-    """7 classes and 35 images in each split: neither 2 nor 3 processes share them evenly, nor do batches of 4."""
+    """7 classes and 35 images in each split: neither 2 nor 3 processes share them evenly, nor do batches of 4.
+
+    The images of `val` bear the names of ImageNet's.
+    """
     images = write_image_folder(tmp_path_factory.mktemp("images"), classes=CLASSES, train=5, val=5)
+    for number, path in enumerate(sorted((images / "val").rglob("*.jpg")), 1):
+        path.rename(path.with_name(f"ILSVRC2012_val_{number:08d}.JPEG"))
     return shard_folder(images, tmp_path_factory.mktemp("shards"), shard_samples=8)
 
 
@@ -42,9 +52,20 @@ def classifier(tmp_path_factory, dataset):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, dataset, classifier) -> Outcome:
+def config(tmp_path_factory) -> EvaluateConfig:
+    """Every evaluator."""
+    labels = tmp_path_factory.mktemp("labels") / "real.json"
+    labels.write_text(json.dumps(REAL))
+    return models.config(
+        {"kind": "classification"}, {"kind": "real", "labels": str(labels)}, {"kind": "knn", "k": 5},
+        {"kind": "linear", "l2": 0.1}, {"kind": "speed", "batch_sizes": [2], "warmup": 1, "iterations": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, dataset, classifier, config) -> Outcome:
     context = StageContext(out=str(tmp_path_factory.mktemp("alone")), attempt="a")
-    return run(CONFIG, {"data": dataset, "checkpoint": classifier}, context)
+    return run(config, {"data": dataset, "checkpoint": classifier}, context)
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +130,26 @@ def test_file_lists_every_class_and_the_confusions(alone, logits_and_labels, tab
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_counts_are_exact_on_uneven_shares(alone, dataset, classifier, tmp_path, world_size):
+def test_counts_are_exact_on_uneven_shares(alone, dataset, classifier, config, tmp_path, world_size):
     spec = {
         "out": str(tmp_path / "out"), "ranks": world_size, "result": str(tmp_path / "result"),
-        "config": CONFIG.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "inputs": {"data": dataset.model_dump(), "checkpoint": classifier.model_dump()},
     }  # fmt: skip
     codes = ranks.run(world_size, spec, tmp_path, script=Path(__file__).with_name("rank.py"))
     assert codes == [0] * world_size, ranks.errors(tmp_path)
     found = Outcome.model_validate_json((tmp_path / "result").read_text())
-    for name in ("top1", "top5", "mean_class_top1", "worst_class_top1", "knn_top1", "linear_top1"):
-        assert found.metrics[name] == alone.metrics[name]
-    assert found.metrics["loss"] == pytest.approx(alone.metrics["loss"], rel=1e-5)
-    assert found.metrics["ece"] == pytest.approx(alone.metrics["ece"], rel=1e-4)
+    values, expected = (
+        {(m.metric, m.variant): m.value for m in outcome.artifact.measurements if m.on_data}
+        for outcome in (found, alone)
+    )
+    assert set(values) == {(name, "") for name in PLAIN} | {("top1", "real")}
+    for key in (("loss", ""), ("ece", "")):
+        assert values.pop(key) == pytest.approx(expected.pop(key), rel=1e-4)
+    assert values == expected
+    assert [(m.samples, m.evaluator) for m in found.artifact.measurements] == [
+        (m.samples, m.evaluator) for m in alone.artifact.measurements
+    ]
     mine, theirs = (
         json.loads((Path(folder) / outcome.files[0].path).read_text())
         for folder, outcome in (
@@ -134,7 +162,7 @@ def test_counts_are_exact_on_uneven_shares(alone, dataset, classifier, tmp_path,
 
 def test_measurements_say_what_decides_them(alone, dataset):
     by_metric = {m.metric: m for m in alone.artifact.measurements}
-    assert {"top1", "top5", "loss", "ece", "knn_top1", "linear_top1"} <= set(by_metric)
+    assert set(PLAIN) | set(SPEED) == set(by_metric)
     assert alone.artifact.data_fingerprint == dataset.fingerprint
     evaluator = by_metric["knn_top1"].evaluator
     assert evaluator == {
@@ -142,7 +170,8 @@ def test_measurements_say_what_decides_them(alone, dataset):
         "view": {"kind": "eval", "size": 32, "crop_pct": 1.0}, "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225], "acceleration": {"migration": None, "gathering": None},
     }  # fmt: skip
-    assert {m.variant for m in alone.artifact.measurements} == {""}
+    assert {m.variant for m in alone.artifact.measurements} == {"", "real", "off 32px b2"}
+    assert {m.samples for m in alone.artifact.measurements if m.variant == "real"} == {26}
 
 
 def test_broken_weights_score_nothing_and_are_told(dataset, tmp_path):
@@ -159,17 +188,17 @@ def test_broken_weights_score_nothing_and_are_told(dataset, tmp_path):
     assert {item["predicted"] for item in written["confused"]} == {"(not finite)"}
 
 
-def test_classifier_of_other_classes_is_refused(dataset, tmp_path):
+def test_classifier_of_other_classes_is_refused(dataset, config, tmp_path):
     wrong = models.save_classifier(tmp_path, dataset, 5)
     with pytest.raises(ConfigError, match="different classes") as error:
-        run(CONFIG, {"data": dataset, "checkpoint": wrong}, StageContext(out=str(tmp_path / "out")))
+        run(config, {"data": dataset, "checkpoint": wrong}, StageContext(out=str(tmp_path / "out")))
     assert "found:    5" in str(error.value)
 
 
-def test_pretrained_checkpoint_has_no_classes_to_count(dataset, tmp_path):
+def test_pretrained_checkpoint_has_no_classes_to_count(dataset, config, tmp_path):
     backbone = models.save_pretrained(tmp_path, dataset)
     with pytest.raises(ConfigError, match="'classification' needs a classifier") as error:
-        run(CONFIG, {"data": dataset, "checkpoint": backbone}, StageContext(out=str(tmp_path / "out")))
+        run(config, {"data": dataset, "checkpoint": backbone}, StageContext(out=str(tmp_path / "out")))
     assert "knn" in error.value.remedy
 
 
