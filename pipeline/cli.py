@@ -10,7 +10,7 @@ from rich.markup import escape
 from cluster import storage
 from pipeline import doctor as doctors
 from pipeline import preflight, recipes, view
-from pipeline.commands import checkpoints, downstream, registry, report, results, runs, shard
+from pipeline.commands import checkpoints, downstream, registry, report, results, runs, shard, table
 from pipeline.commands import show as shows
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, guarded, root_of
 from pipeline.commands.run import (
@@ -34,6 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+results.app.command("table")(table.table)
 app.add_typer(results.app, name="results")
 app.add_typer(runs.app, name="runs")
 app.add_typer(checkpoints.app, name="checkpoints")

@@ -70,7 +70,7 @@ class Recipe(Config):
     )
     # Of the pre-trained features, without fine-tuning.
     probe: EvaluateConfig = EvaluateConfig(data=VIEW, evaluators=(Knn(), Linear()))
-    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     pretrain_workers: int = not_identity(2, ge=1)
     retention: Retention = not_identity(Retention())
 
