@@ -6,9 +6,9 @@ Prints what it does and, last, one JSON object:
 - save_stall_share: time that the loop stands still for a save, over the time between two saves at the default
   interval (one epoch).
 - step_ms, bare_step_ms, save_stall_ms, and images_per_s and data_wait_share of training on shards of clipart-12.
-- peak_mib_<precision>_zero<stage> and theory_mib_…: most memory that one of two ranks held in the third and fourth step
-  above what it had before the model was built, beside the state of bench/scaling.py. The difference is activations,
-  buckets and the allocator.
+- peak_mib_<precision>_zero<stage> and theory_mib_…: most bytes of tensors that one of two ranks held in the third and
+  fourth step (torch's profiler counts them; the teacher apart), beside the state of bench/scaling.py. The difference is
+  activations and buckets.
   Not with --quick.
 - on a GPU mfu: of L at 256 pixels with a teacher of CLIP ViT-L/14's shape, which is then the model of the figures above
   too; on a CPU it is fast_itpn_micro with clip-micro.
@@ -17,8 +17,6 @@ Prints what it does and, last, one JSON object:
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import statistics
@@ -31,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from scaling import IMAGES, clip_large_teacher, state_bytes, step_buffer_bytes
 
@@ -254,39 +251,35 @@ def memory_rank(folder: str, precision: str, stage: int) -> None:
         5, backbone={"size": "fast_itpn_tiny", "img_size": 96}, engine=engine
     )
     teacher = load_teacher(config.teacher, "cpu")
-    import deepspeed  # noqa: F401  (its libraries are no part of the state)
-
-    peaks: list[int] = []
+    marks: list[int] = []  # beginnings of the steps, in the profiler's clock
 
     class Watched(MfmTask):
         def losses(self, model: Any, batch: Any, step: int) -> dict[str, torch.Tensor]:
-            if step == 2:  # what building it took, and the first steps, is over
-                gc.collect()
-                ctypes.CDLL(None).malloc_trim(0)
-                Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-            peaks.append(_peak_bytes())  # the last is read before the save at the end
+            marks.append(time.time_ns())
             return super().losses(model, batch, step)
-
-    before = psutil.Process().memory_info().rss
-    torch.manual_seed(0)
-    module = MaskedFeatureModel(config.backbone, config.objective, teacher.dim)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
 
     def feed(start: tuple[int, int], end: int) -> Synthetic:
         return Synthetic(2, 96, lambda: None, end)
 
-    make_trainer(Watched(config, module, teacher, "cpu"), world, f"{folder}/out", feed, 100).train()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        torch.manual_seed(0)
+        module = MaskedFeatureModel(config.backbone, config.objective, teacher.dim)
+        make_trainer(Watched(config, module, teacher, "cpu"), world, f"{folder}/out", feed, 100).train()
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    held, peak = 0, 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        # From the third step on, and without the save at the end.
+        peak = max(peak, held) if marks[2] <= event.start_ns() < marks[-1] else peak
     state = sum(state_bytes(parameters, world.world_size, stage, precision).values())
     state += step_buffer_bytes(parameters, world.world_size, stage, precision)
     if world.rank == 0:
-        result = {"peak": (peaks[-1] - before) / 2**20, "theory": state / 2**20}
+        result = {"peak": peak / 2**20, "theory": state / 2**20}
         (Path(folder) / "memory.json").write_text(json.dumps(result))
     distributed.shutdown()
-
-
-def _peak_bytes() -> int:
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ from typing import Any
 from cluster import distributed
 from cluster.distributed import World
 from cluster.errors import ConfigError
-from stages.artifacts import Artifact, CheckpointRef, DatasetRef, FileInfo, Outcome
+from stages.artifacts import Artifact, CheckpointRef, Outcome
 from stages.context import StageContext
 from stages.finetune.config import FinetuneConfig
+from stages.train.handover import trained, training_data
 from stages.train.launch import as_rank, spec_of
 
 
@@ -25,18 +26,10 @@ def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageCo
         DataInvalid: the initial weights do not fit the backbone.
         TrainingDiverged: the guard gave up. Stopped: asked to stop; the state is saved.
     """
-    data, init = inputs.get("data"), inputs.get("init")
-    if not isinstance(data, DatasetRef):
-        raise ConfigError("finetune needs the input 'data'", expected="a data set", found=data and data.kind)
+    data = training_data("finetune", inputs, config.data, config.backbone)
+    init = inputs.get("init")
     if init is not None and not isinstance(init, CheckpointRef):
         raise ConfigError("the input 'init' is no checkpoint", expected="a checkpoint", found=init.kind)
-    if config.data.view.size != config.backbone.img_size:
-        raise ConfigError(
-            "the data view and the backbone have different image sizes",
-            expected=f"data.view.size = {config.backbone.img_size}",
-            found=config.data.view.size,
-            remedy="set data.view.size, or backbone.img_size",
-        )
     spec = spec_of(
         context,
         config=config.model_dump(mode="json"),
@@ -44,24 +37,15 @@ def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageCo
         init=init.model_dump() if init else None,
     )
     result = context.executor.workers(finetune_rank, spec, context.resources)
-    model = FileInfo(**result["model"])
-    return Outcome(
-        artifact=CheckpointRef(
-            uri=f"{context.out}/{model.path}",
-            sha256=model.sha256,
-            bytes=model.bytes,
-            step=result["optimiser_steps"],
-            task="classify",
-            dataset=data.name,
-            data_fingerprint=data.fingerprint,
-            seed=config.seed,
-            init="pretrained" if init else "scratch",
-            pretrain=init.uri if init else None,
-            teacher_sha256=init.teacher_sha256 if init else None,
-        ),
-        files=[FileInfo(**info) for info in result["files"]],
-        metrics=result["headline"],
-        notes=result["notes"],
+    return trained(
+        result,
+        context,
+        data,
+        config.seed,
+        task="classify",
+        init="pretrained" if init else "scratch",
+        pretrain=init.uri if init else None,
+        teacher_sha256=init.teacher_sha256 if init else None,
     )
 
 

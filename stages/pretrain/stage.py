@@ -10,10 +10,10 @@ from typing import Any
 
 from cluster import distributed
 from cluster.distributed import World
-from cluster.errors import ConfigError
-from stages.artifacts import Artifact, CheckpointRef, DatasetRef, FileInfo, Outcome
+from stages.artifacts import Artifact, Outcome
 from stages.context import StageContext
 from stages.pretrain.config import PretrainConfig
+from stages.train.handover import trained, training_data
 from stages.train.launch import as_rank, spec_of
 
 
@@ -24,34 +24,11 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageCo
         ConfigError: an input is missing, or sizes do not fit (the teacher's grid, batch and ranks).
         TrainingDiverged: the guard gave up. Stopped: asked to stop; the state is saved.
     """
-    data = inputs.get("data")
-    if not isinstance(data, DatasetRef):
-        raise ConfigError("pretrain needs the input 'data'", expected="a data set", found=data and data.kind)
-    if config.data.view.size != config.backbone.img_size:
-        raise ConfigError(
-            "the data view and the backbone have different image sizes",
-            expected=f"data.view.size = {config.backbone.img_size}",
-            found=config.data.view.size,
-            remedy="set data.view.size, or backbone.img_size",
-        )
+    data = training_data("pretrain", inputs, config.data, config.backbone)
     spec = spec_of(context, config=config.model_dump(mode="json"), data=data.model_dump())
     result = context.executor.workers(pretrain_rank, spec, context.resources)
-    model = FileInfo(**result["model"])
-    return Outcome(
-        artifact=CheckpointRef(
-            uri=f"{context.out}/{model.path}",
-            sha256=model.sha256,
-            bytes=model.bytes,
-            step=result["optimiser_steps"],
-            task="pretrain",
-            dataset=data.name,
-            data_fingerprint=data.fingerprint,
-            seed=config.seed,
-            teacher_sha256=result["teacher_sha256"],
-        ),
-        files=[FileInfo(**info) for info in result["files"]],
-        metrics=result["headline"],
-        notes=result["notes"],
+    return trained(
+        result, context, data, config.seed, task="pretrain", teacher_sha256=result["teacher_sha256"]
     )
 
 
