@@ -16,15 +16,10 @@ from pipeline.recipes._chain import shard_step
 from pipeline.step import Step
 from stages.config import Config
 from stages.evaluate.config import Classification, EvaluateConfig, Real
+from stages.evaluate.label_space import ORIGINS
 from stages.shard.config import ShardConfig
 
-ORIGINS = {
-    "imagenet_real": "real.json of https://github.com/google-research/reassessed-imagenet",
-    "imagenet_v2": "a tar (gunzip it) or folder of https://github.com/modestyachts/ImageNetV2, class folders 0 … 999",
-    "imagenet_a": "imagenet-a.tar of https://github.com/hendrycks/natural-adv-examples, or the folder it unpacks to",
-    "imagenet_r": "imagenet-r.tar of https://github.com/hendrycks/imagenet-r, or the folder it unpacks to",
-    "imagenet_sketch": "the zip of https://github.com/HaohanWang/ImageNet-Sketch, or the folder it unpacks to",
-}
+REAL = "imagenet-real"
 
 
 class OtherSets(Config):
@@ -37,8 +32,8 @@ class OtherSets(Config):
     imagenet_sketch: str = ""
 
     def given(self) -> dict[str, str]:
-        """Those that there are, by name."""
-        return {name: uri for name, uri in self if uri}
+        """Those that there are, by name: imagenet-real, imagenet-v2, …"""
+        return {name.replace("_", "-"): uri for name, uri in self if uri}
 
 
 def also_on(evaluations: Sequence[Step], also: OtherSets, version: str, resources: Resources) -> list[Step]:
@@ -49,18 +44,17 @@ def also_on(evaluations: Sequence[Step], also: OtherSets, version: str, resource
     """
     steps = list(evaluations)
     for name, uri in also.given().items():
-        title = name.replace("_", "-")
         for step in evaluations:
             assert isinstance(step.config, EvaluateConfig)
             inputs, evaluator = (
                 dict(step.inputs),
-                Real(labels=uri) if name == "imagenet_real" else Classification(),
+                Real(labels=uri) if name == REAL else Classification(),
             )
-            if name != "imagenet_real":
-                images = ShardConfig(name=title, source=uri, splits=("val",), shard_bytes=64 * 2**20)
+            if name != REAL:
+                images = ShardConfig(name=name, source=uri, splits=("val",), shard_bytes=64 * 2**20)
                 inputs["data"] = shard_step(images, version, resources)
             config = step.config.model_copy(update={"evaluators": (evaluator,), "split": "val"})
-            steps.append(replace(step, name=f"{title}-{step.name}", config=config, inputs=inputs))
+            steps.append(replace(step, name=f"{name}-{step.name}", config=config, inputs=inputs))
     return steps
 
 
@@ -68,10 +62,10 @@ def other_requirements(also: OtherSets) -> list[preflight.Requirement]:
     """Every set that was named is there."""
     return [
         preflight.readable(
-            name.replace("_", "-"),
+            name,
             uri,
-            f"--set also.{name}=URI of {ORIGINS[name]}",
-            "evaluate" if name == "imagenet_real" else "shard",
+            f"--set also.{name.replace('-', '_')}=URI of {ORIGINS[name]}",
+            "evaluate" if name == REAL else "shard",
         )
         for name, uri in also.given().items()
     ]

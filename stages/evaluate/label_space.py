@@ -18,6 +18,14 @@ from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
 
 _SHOWN = 5
+# Where the sets come from whose labels are known here, by the names that recipes give them.
+ORIGINS = {
+    "imagenet-real": "real.json of https://github.com/google-research/reassessed-imagenet",
+    "imagenet-v2": "a tar (gunzip it) or folder of https://github.com/modestyachts/ImageNetV2, class folders 0 … 999",
+    "imagenet-a": "imagenet-a.tar of https://github.com/hendrycks/natural-adv-examples, or the folder it unpacks to",
+    "imagenet-r": "imagenet-r.tar of https://github.com/hendrycks/imagenet-r, or the folder it unpacks to",
+    "imagenet-sketch": "the zip of https://github.com/HaohanWang/ImageNet-Sketch, or the folder it unpacks to",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
     Raises ConfigError when a class has no row, or the classes cannot be compared.
     """
     row = {name: index for index, name in enumerate(names or ())}
+    origin = f"; '{dataset}' is {ORIGINS[dataset]}" if dataset in ORIGINS else ""
     if set(classes) <= row.keys():
         return LabelSpace(tuple(row[name] for name in classes), "name", rows)
     if all(name.isdecimal() and str(int(name)) == name for name in classes):
@@ -56,7 +65,7 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
             f"the class folders of '{dataset}' are numbers beyond the classifier's classes",
             expected=f"class indices 0 to {rows - 1}, as in ImageNet-V2",
             found=f"{max(numbers)}",
-            remedy="evaluate a classifier of the classes that the numbers count",
+            remedy="evaluate a classifier of the classes that the numbers count" + origin,
         )
     if names is None and len(classes) == rows:
         return LabelSpace(tuple(range(rows)), "order", rows)
@@ -76,7 +85,7 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
         f"{len(classes)} classes of '{dataset}'",
         expected=f"class folders such as {', '.join(list(names)[:_SHOWN])}",
         found=", ".join(unknown[:_SHOWN]),
-        remedy=remedy,
+        remedy=remedy + origin,
     )
 
 

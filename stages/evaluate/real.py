@@ -18,8 +18,9 @@ from torch import Tensor
 from cluster import distributed, storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
 from stages.evaluate.found import Values
+from stages.evaluate.label_space import ORIGINS
 
-SOURCE = "https://github.com/google-research/reassessed-imagenet"
+SOURCE = ORIGINS["imagenet-real"]
 _KEY = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 _FORMAT = "a JSON list with a list of class indices for each of the 50,000 validation images"
 
@@ -33,7 +34,7 @@ def read_labels(uri: str, sha256: str | None, rows: int) -> tuple[list[frozenset
 
     Raises ConfigError when there is no file, DataInvalid when it is another one or not in that format.
     """
-    fetch = f"fetch real.json from {SOURCE} and set its path as `labels` of the evaluator"
+    fetch = f"fetch {SOURCE} and set its path as `labels` of the evaluator"
     try:
         data = storage.read_bytes(uri)
     except NotFound:
@@ -140,6 +141,6 @@ class RealMeter:
                 expected=f"ILSVRC2012_val_00000001 to {len(self.real):08d}",
                 found=key,
                 remedy="evaluate on the split that was made of ImageNet's validation images, with their file names, "
-                f"and with the whole real.json of {SOURCE}",
+                f"and with the whole {SOURCE}",
             )
         return self.real[number - 1]

@@ -196,6 +196,14 @@ def test_unknown_classes_are_named(classifier, tmp_path):
     assert "n99999999" in str(told.value.found) and WNIDS[0] in told.value.expected
 
 
+@pytest.mark.parametrize("name", ["imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"])
+@pytest.mark.parametrize("folder", ["images", "99"])
+def test_sets_with_wrong_folders_are_told_where_they_come_from(name, folder):
+    with pytest.raises(ConfigError, match=name) as told:
+        match(name, [folder], WNIDS, 12)
+    assert told.value.expected and told.value.found and "https://github.com/" in told.value.remedy
+
+
 def test_numbers_beyond_the_head_are_refused():
     with pytest.raises(ConfigError, match="numbers beyond") as told:
         match("v2", ["0", "12"], WNIDS, 12)
