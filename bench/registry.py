@@ -1,9 +1,11 @@
 """What the pipeline itself costs: looking at a finished recipe, appending to the registry, reading it back.
 
-    python bench/registry.py [--quick]
+    python bench/registry.py [--quick] [--rows N]
 
 The last line is one JSON object: `survey_ms_per_step` (records of a finished graph read and checked),
-`append_ms_per_row` and `read_ms_per_row` (registry on local files), medians of several repeats.
+`append_ms_per_row` and `read_ms_per_row` (registry on local files), and with N rows (100,000; quick: 2,000) the
+seconds of `itpn results list --limit 10`, a process of its own: `list_s` without a view, `list_synced_s` with one
+that is up to date, `list_view_s` with `--view`, and of `itpn registry sync`. Medians of several repeats.
 """
 
 from __future__ import annotations
@@ -11,14 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from cluster import storage
 from cluster.resources import Resources
 from pipeline.record import Record, commit
-from pipeline.registry import Registry
+from pipeline.registry import Registry, ResultRow
 from pipeline.runner import Runner, State
 from pipeline.step import Step
 from stages.artifacts import CheckpointRef, EvaluationRef, Measurement, Outcome
@@ -74,7 +80,9 @@ def median_s(work: Callable[[], object], repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats")
-    quick = parser.parse_args().quick
+    parser.add_argument("--rows", type=int, help="results in the registry that is listed")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     count, repeats = (100, 3) if quick else (1000, 5)
     with tempfile.TemporaryDirectory(prefix="itpn-bench-") as root:
         steps, records = finished(root, count)
@@ -95,7 +103,34 @@ def main() -> None:
             "read_ms_per_row": round(median_s(read, repeats) / count * 1e3, 3),
             "rows": count,
         }
+    figures |= listing(arguments.rows or (2_000 if quick else 100_000), repeats)
     print(json.dumps(figures))
+
+
+def listing(rows: int, repeats: int) -> dict[str, float]:
+    """Seconds of `results list` as a user runs it, over a registry of so many results."""
+    with tempfile.TemporaryDirectory(prefix="itpn-bench-") as root:
+        folder = Path(root, "registry", "results")
+        folder.mkdir(parents=True)
+        for number in range(rows):  # written past the registry: its own fsync of each would take minutes
+            row = ResultRow(
+                run="bench", step=f"evaluate/job-{number:06d}/v1", dataset="bench", split="val", metric="top1",
+                value=number / rows, samples=1, init="scratch", seed=number, evaluator={"batch": 64}, checkpoint="c",
+                checkpoint_sha256=f"{number:064x}", pretrain=None, training_fingerprint=None, data_fingerprint="f",
+                code_version="v", created_at="2026-01-01T00:00:00",
+            )  # fmt: skip
+            (folder / f"{row.id}.json").write_bytes(storage.canonical_json(row.model_dump(mode="json")))
+
+        def itpn(*command: str) -> None:
+            full = [sys.executable, "-m", "pipeline", *command, "--root", root, "--json"]
+            subprocess.run(full, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        listed = partial(itpn, "results", "list", "--limit", "10")
+        figures = {"listed_rows": rows, "list_s": median_s(listed, 1)}
+        figures["sync_s"] = median_s(partial(itpn, "registry", "sync"), 1)
+        figures["list_synced_s"] = median_s(listed, repeats)
+        figures["list_view_s"] = median_s(partial(listed, "--view"), repeats)
+        return {name: round(value, 2) for name, value in figures.items()}
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def results_list(
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many rows.")] = None,
     columns: Annotated[str, typer.Option(help="Fields of the table and the CSV.")] = SHOWN,
     from_view: Annotated[
-        bool, typer.Option("--view", help="Read the Delta view as of its last sync: fast with many rows.")
+        bool,
+        typer.Option("--view", help="Read only the Delta view, as of its last sync: no look for newer ones."),
     ] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on stdout.")] = False,
     parquet: Annotated[
@@ -273,11 +274,9 @@ def print_lineage(console: Console, node: dict[str, Any], role: str = "", depth:
 
 
 def _table(uri: str, from_view: bool) -> pa.Table:
-    if from_view:
-        from pipeline.registry import delta
+    from pipeline.registry import delta
 
-        return delta.read(uri, "results")
-    return Registry(uri).results().to_arrow()
+    return delta.read(uri, "results") if from_view else delta.current(uri, "results")
 
 
 def _columns(text: str, table: pa.Table) -> list[str]:

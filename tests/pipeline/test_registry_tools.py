@@ -175,6 +175,39 @@ def test_view_with_the_columns_of_another_version_is_written_anew(root: str) -> 
     assert delta.sync(root)["results"] == 0
 
 
+def test_list_has_every_event_however_old_the_view_is(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.registry import delta
+
+    def listed() -> list[str]:
+        return sorted(r["id"] for r in itpn("results", "list", "--root", root)["results"])
+
+    registry = Registry(root)
+    assert listed() == sorted(registry.ids("results"))
+    delta.sync(root)
+    registry.append([("results", row(n)) for n in range(3)])
+    read: list[str] = []
+    real = Registry.read
+    monkeypatch.setattr(
+        Registry, "read", lambda self, folder, uris: read.extend(uris) or real(self, folder, uris)
+    )
+    assert listed() == sorted(registry.ids("results")) and len(read) == 3, "only what the view lacks is read"
+    monkeypatch.undo()
+    assert len(itpn("results", "list", "--root", root, "--view")["results"]) == 4
+    gone = next(iter(registry.ids("results").values()))
+    storage.delete(gone)
+    assert listed() == sorted(registry.ids("results")), "the events are the truth"
+
+
+def test_root_with_brackets_is_listed_and_has_no_view(tmp_path: Path) -> None:
+    from pipeline.registry import delta
+
+    root = str(tmp_path / "a [b] é")
+    Registry(root).append([("results", row(1))])
+    with pytest.raises(PreflightError, match="brackets"):
+        delta.sync(root)
+    assert len(itpn("results", "list", "--root", root)["results"]) == 1
+
+
 def test_view_opens_with_duckdb(root: str) -> None:
     from pipeline.registry import delta
 
