@@ -217,7 +217,18 @@ def _setting(row: ResultRow) -> str:
 def rows_table(rows: list[ResultRow]) -> Table:
     """Plain listing of result rows."""
     table = Table()
-    for heading in ("created", "run", "data", "metric", "value", "init", "seed", "step", "checkpoint"):
+    for heading in (
+        "created",
+        "run",
+        "data",
+        "metric",
+        "value",
+        "variant",
+        "init",
+        "seed",
+        "step",
+        "checkpoint",
+    ):
         table.add_column(
             heading, justify="right" if heading in ("value", "seed") else "left", overflow="fold"
         )
@@ -228,6 +239,7 @@ def rows_table(rows: list[ResultRow]) -> Table:
             f"{row.dataset}/{row.split}",
             row.metric,
             f"{row.value:.4g}",
+            row.variant,
             row.init,
             str(row.seed),
             row.step,

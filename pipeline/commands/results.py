@@ -23,7 +23,7 @@ from pipeline.registry.rows import select
 from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
-SHOWN = "id,created_at,run,dataset,split,metric,value,init,seed,step"
+SHOWN = "id,created_at,run,dataset,split,metric,value,variant,init,seed,step"
 WhereOpt = Annotated[
     list[str], typer.Option("--where", metavar="CONDITION", help="FIELD OP VALUE; OP is = != < <= > >= or ~.")
 ]

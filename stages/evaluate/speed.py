@@ -51,6 +51,10 @@ def _of_model(bench: Workbench, config: Speed, acceleration: Acceleration, size:
             values = list(run(device=bench.device, dtype=bench.dtype))
         except torch.OutOfMemoryError:
             notes = [f"speed {variant}: a batch does not fit into the memory of {device}"]
+        if values and "peak_memory_bytes" not in dict(values):
+            notes = [
+                f"speed {variant}: this system does not tell a process's peak memory (/proc/self/clear_refs)"
+            ]
         facts = {"batch_size": batch, "image_size": size, "acceleration": acceleration_of(backbone)}
         item = Found(
             values=values,

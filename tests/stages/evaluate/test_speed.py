@@ -10,6 +10,7 @@ import torch
 from cluster.errors import ConfigError
 from stages.artifacts import DatasetRef, Outcome
 from stages.context import StageContext
+from stages.evaluate import speed as speeds
 from stages.evaluate.config import Acceleration
 from stages.evaluate.setting import configure
 from stages.evaluate.stage import run
@@ -139,3 +140,29 @@ def test_settings_that_cannot_be_are_refused(dataset, tmp_path, values, message)
     checkpoint = models.save_classifier(tmp_path / "model", dataset, CLASSES)
     with pytest.raises(ConfigError, match=message):
         evaluate(dataset, checkpoint, tmp_path / "out", {"kind": "classification", **values})
+
+
+def test_memory_that_the_system_does_not_tell_is_left_out_with_a_note(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.evaluate.speed._peak_memory", lambda device: lambda: None)
+    checkpoint = models.save_classifier(tmp_path / "model", dataset, CLASSES)
+    outcome = evaluate(
+        dataset, checkpoint, tmp_path / "out", {"kind": "speed", "batch_sizes": [1], "iterations": 1}
+    )
+    assert set(outcome.metrics) == FIGURES - {"peak_memory_bytes"}
+    assert "does not tell a process's peak memory" in outcome.notes[0]
+
+
+def test_batch_that_does_not_fit_leaves_the_others(dataset, tmp_path, monkeypatch):
+    whole = speeds.speed
+
+    def small(forward, *, batch, **values):
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(forward, batch=batch, **values)
+
+    monkeypatch.setattr(speeds, "speed", small)
+    checkpoint = models.save_classifier(tmp_path / "model", dataset, CLASSES)
+    sweep = {"kind": "speed", "batch_sizes": [1, 4], "warmup": 1, "iterations": 1}
+    outcome = evaluate(dataset, checkpoint, tmp_path / "out", sweep)
+    assert {m.variant for m in outcome.artifact.measurements} == {"off 32px b1"}
+    assert outcome.notes[0].startswith("speed off 32px b4: a batch does not fit into the memory")
