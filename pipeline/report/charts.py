@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -97,7 +98,8 @@ def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | 
     for metric, (title, unit, factor) in SPEEDS.items():
         drawn = [row for row in rows if row.metric == metric and model_of(row) in accuracy]
         drawn = [row for row in drawn if _finite(row.value) and row.value > 0]  # the axis is logarithmic
-        settings = _differing([_setting(row) for row in drawn])
+        common = set.intersection(*(set(row.variant.split()) for row in drawn)) if drawn else set()
+        settings = _differing([_setting(row, common) for row in drawn])
         names = {name for row in drawn for name in accuracy[model_of(row)]}
         traces: dict[str, dict[str, Any]] = {}
         for row, setting in zip(drawn, settings, strict=True):
@@ -108,7 +110,7 @@ def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | 
                 for key, entry in {"x": row.value * factor, "y": value, **about}.items():
                     trace.setdefault(key, []).append(entry)
         if traces:
-            ordered = [traces[name] for name in sorted(traces)]
+            ordered = [traces[name] for name in sorted(traces, key=_natural)]
             charts.append(
                 {"title": title, "x": unit, "y": f"{ACCURACY} (%)", "log_x": True, "traces": ordered}
             )
@@ -124,14 +126,20 @@ def model_of(row: ResultRow) -> ModelKey:
     return row.checkpoint_sha256, json.dumps(how, sort_keys=True)
 
 
-def _setting(row: ResultRow) -> dict[str, Any]:
-    """What tells one measurement of speed from another; a variant names most of it."""
+def _setting(row: ResultRow, common: set[str]) -> dict[str, Any]:
+    """What tells one measurement of speed from another; a variant's words name most of it, but for `common` ones."""
     if not row.variant:
         return row.evaluator
     kept: dict[str, Any] = {
         name: row.evaluator[name] for name in ("precision", "device") if name in row.evaluator
     }
-    return {"variant": row.variant, **kept}
+    return {"variant": " ".join(word for word in row.variant.split() if word not in common), **kept}
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that puts `64px` before `128px`."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
 
 
 def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
@@ -139,7 +147,9 @@ def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
     flat = [dict(_leaves(config)) for config in configs]
     names = list(dict.fromkeys(name for leaves in flat for name in leaves))
     differ = [n for n in names if len({json.dumps(leaves.get(n), sort_keys=True) for leaves in flat}) > 1]
-    return [" · ".join(_told(n, leaves[n]) for n in differ if leaves.get(n) is not None) for leaves in flat]
+    return [
+        " · ".join(_told(n, leaves[n]) for n in differ if leaves.get(n) not in (None, "")) for leaves in flat
+    ]
 
 
 def _told(name: str, value: Any) -> str:

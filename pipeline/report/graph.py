@@ -7,6 +7,7 @@ Hierarchical System Structures, 1981): layers, stand-ins where a line passes a c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import networkx as nx
@@ -34,6 +35,9 @@ def made_from(inputs: Mapping[str, Iterable[str]]) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_nodes_from(sorted(inputs))
     graph.add_edges_from((needed, step) for step, all_ in sorted(inputs.items()) for needed in sorted(all_))
+    with suppress(nx.NetworkXNoCycle):  # none is made by a run; records that were edited must not hide the rest
+        while True:
+            graph.remove_edge(*nx.find_cycle(graph)[-1][:2])
     return graph
 
 
@@ -71,17 +75,20 @@ def draw(graph: nx.DiGraph) -> Layout:
 
 
 def _columns(graph: nx.DiGraph) -> dict[str, int]:
-    """Each step as far right as what is made from it allows; one that nothing is made from beside its kind."""
+    """Each step right of its inputs, and beside others of its kind where that is possible."""
+    order = list(nx.topological_sort(graph))
     last = nx.dag_longest_path_length(graph)
+    latest: dict[str, int] = {}  # as far right as what is made from it allows
+    for node in reversed(order):
+        latest[node] = min((latest[after] for after in graph.successors(node)), default=last + 1) - 1
+    beside: dict[str, int] = {}
+    for node in order:
+        kind = node.split("/")[0]
+        beside[kind] = min(latest[node], beside.get(kind, last))
     column: dict[str, int] = {}
-    for node in reversed(list(nx.topological_sort(graph))):
-        column[node] = min((column[after] for after in graph.successors(node)), default=last + 1) - 1
-    inner = [node for node in graph if graph.out_degree(node)]
-    for node in graph:
-        if not graph.out_degree(node):
-            alike = [column[other] for other in inner if other.split("/")[0] == node.split("/")[0]]
-            inputs = [column[before] for before in graph.predecessors(node)]
-            column[node] = max([*(before + 1 for before in inputs), min(alike, default=last)])
+    for node in order:
+        inputs = [column[before] + 1 for before in graph.predecessors(node)]
+        column[node] = max([beside[node.split("/")[0]], *inputs])
     return column
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster import storage
@@ -100,7 +100,7 @@ class Reader:
             root=self.root,
             results=sorted(results, key=lambda r: (r.created_at, r.step, r.metric)),
             checkpoints=sorted(checkpoints, key=lambda r: (r.created_at, r.step)),
-            steps=self._steps(files, sorted(runs, key=lambda r: r.created_at)),
+            steps=self._steps(files, sorted(runs, key=lambda r: r.created_at), checkpoints),
             aliases=Aliases(self.registry).all() if events["aliases"] else {},
             deleted=self._deleted() if events["deleted"] else {},
             files=dict(files),
@@ -115,7 +115,12 @@ class Reader:
         self._events |= zip(new, self.registry.read(folder, new), strict=True)
         return [self._events[uri] for uri in uris]
 
-    def _steps(self, files: dict[str, list[storage.ObjectInfo]], runs: list[RunRow]) -> dict[str, StepInfo]:
+    def _steps(
+        self,
+        files: dict[str, list[storage.ObjectInfo]],
+        runs: list[RunRow],
+        checkpoints: list[CheckpointRow],
+    ) -> dict[str, StepInfo]:
         names = {
             step: {item.uri.removeprefix(storage.join(self.root, step) + "/") for item in items}
             for step, items in files.items()
@@ -128,11 +133,15 @@ class Reader:
         for step, row in last.items():
             if step not in steps:  # it never began here, or its folder is gone
                 steps[step] = _from_row(row, row.outcome)
+        weights_of = {row.checkpoint.uri: row.step for row in checkpoints}
         made_by = {info.fingerprint: info.step for info in steps.values() if info.fingerprint}
         for step, info in steps.items():
+            taken_in = weights_of.get(str(info.record.config.get("uri"))) if info.record else None
+            if taken_in:
+                steps[step] = replace(info, inputs=info.inputs | {"weights": taken_in})
             if not info.record and info.inputs:  # a plan knows its inputs by their fingerprints
                 known = {name: made_by[found] for name, found in info.inputs.items() if found in made_by}
-                steps[step] = StepInfo(**{**vars(info), "inputs": known})
+                steps[step] = replace(info, inputs=known)
         return dict(sorted(steps.items()))
 
     def _begun(self, step: str, names: set[str], row: RunRow | None) -> StepInfo:
@@ -143,7 +152,7 @@ class Reader:
             except (NotFound, DataInvalid) as error:
                 return StepInfo(step, "damaged", error=str(error))
             self._records[step] = record
-            return _from_record(record, self.root)
+            return _from_record(record)
         plan = _json(storage.join(out, "plan.json"))
         identity = plan.get("identity") if isinstance(plan.get("identity"), dict) else {}
         common: dict[str, Any] = {
@@ -162,7 +171,7 @@ class Reader:
             common |= {"wall_s": row.wall_s if row and row.outcome == "failed" else None}
             return StepInfo(step, "failed", run=row.run if row else "", **common)
         if row and row.outcome != "finished":
-            return StepInfo(**{**vars(_from_row(row, row.outcome)), **common})
+            return replace(_from_row(row, row.outcome), **common)
         return StepInfo(step, "interrupted", run=row.run if row else "", **common)
 
 
@@ -203,11 +212,7 @@ def pictures(snapshot: Snapshot, info: StepInfo) -> dict[int, str]:
     return {number: found[number].uri for number in sorted(found)}
 
 
-def _from_record(record: Record, root: str) -> StepInfo:
-    inputs = {name: needed.step for name, needed in record.inputs.items()}
-    weights = record.config.get("uri")  # weights that were taken in; they may be of a step here
-    if isinstance(weights, str) and weights.startswith(root + "/"):
-        inputs["weights"] = "/".join(weights.removeprefix(root + "/").split("/")[:3])
+def _from_record(record: Record) -> StepInfo:
     return StepInfo(
         record.step,
         "finished",
@@ -218,7 +223,7 @@ def _from_record(record: Record, root: str) -> StepInfo:
         gpu_seconds=record.gpu_seconds,
         host=record.host,
         fingerprint=record.fingerprint,
-        inputs=inputs,
+        inputs={name: needed.step for name, needed in record.inputs.items()},
     )
 
 

@@ -148,9 +148,9 @@ def test_speed_is_drawn_against_the_accuracy_of_the_same_model() -> None:
     (chart,) = charts.accuracy_speed(rows, lambda row: None)
     points = {t["name"]: list(zip(t["x"], t["y"], strict=True)) for t in chart["traces"]}
     assert points == {
-        "off 96px b1": [(100.0, 80.0)],
-        "off 96px b64": [(900.0, 80.0)],
-        "migration 96px b64": [(1900.0, 70.0)],
+        "off b1": [(100.0, 80.0)],
+        "off b64": [(900.0, 80.0)],
+        "migration b64": [(1900.0, 70.0)],
     }
     assert charts.accuracy_speed([row("top1", 80.0)], lambda row: None) == []
 
@@ -270,6 +270,11 @@ def test_lineage_runs_from_left_to_right_and_no_box_covers_another(root: str) ->
     for index, (x, y) in enumerate(boxes):
         assert 0 <= x <= drawn.width - graph.BOX_W and 0 <= y <= drawn.height - graph.BOX_H
         assert all(x != x2 or abs(y - y2) >= graph.BOX_H for x2, y2 in boxes[:index])
+
+
+def test_a_circle_of_inputs_is_drawn_all_the_same() -> None:
+    drawn = graph.draw(graph.made_from({"a/a": ["b/b"], "b/b": ["a/a", "b/b"], "c/c": ["b/b"]}))
+    assert set(drawn.boxes) == {"a/a", "b/b", "c/c"}
 
 
 def test_names_of_pages_do_not_clash() -> None:
