@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
-from cluster.errors import ConfigError, ItpnError, StepFailed, StorageUnavailable
+from cluster import distributed
+from cluster.errors import ConfigError, ItpnError, StepFailed, Stopped, StorageUnavailable
 from cluster.resources import Resources, cpu_count
 
 log = logging.getLogger(__name__)
+_WATCH_S = 2.0  # between two looks at whether to stop
 
 
 class Session:
@@ -93,7 +100,7 @@ class Session:
         if not self._local:
             return None
         total = self.capacity()
-        wanted = {"CPU": resources.workers * resources.cpus, "GPU": resources.workers * resources.gpus}
+        wanted = {"CPU": resources.fewest * resources.cpus, "GPU": resources.fewest * resources.gpus}
         if all(total.get(name, 0.0) >= count for name, count in wanted.items()):
             return None
         return ", ".join(f"{total.get(name, 0.0):g} {name}" for name in wanted) + " in the local Ray"
@@ -138,39 +145,80 @@ class Job:
 class RayExecutor:
     """`cluster.executor.Executor` on Ray; used inside a step's task.
 
+    `spec` may hold `timeout_s`, the limit on any collective of a group (a slow or dead rank becomes an error, not a
+    hang), and `world_sizes`, the numbers of workers, ascending, among which an elastic group chooses.
+
+    A worker whose node Ray is about to take away, and every worker when the step's task gets SIGTERM, is asked to
+    stop (`distributed.request_stop`): training saves and ends with Stopped. After a node's notice the group is started
+    again here, on the nodes that stay; after SIGTERM, Stopped is passed on.
+
     Args:
-        max_restarts: how often a worker group that lost a worker is started again. Errors of our own
+        max_restarts: how often in a row a worker group that lost a worker is started again. Errors of our own
             (`ItpnError`) are deterministic and are not retried, but for a storage outage.
-        timeout_s: limit on any collective of a group; a slow or dead rank becomes an error, not a hang.
+        settled_s: after a group that worked for so long the count begins anew; a run of weeks meets more faults.
+        patience_s: how long an elastic group waits for its full size where a smaller one could start.
     """
 
     max_restarts: int = 3
-    timeout_s: int = 600
+    settled_s: float = 3600.0
+    patience_s: float = 30.0
 
     def workers(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
         if resources.workers == 1:
-            return fn(spec)
-        for attempt in range(self.max_restarts + 1):
-            # A late write of a rank that is still dying must not land among the files of its successor.
-            again = {"attempt": f"{spec['attempt']}-{attempt}"} if attempt and "attempt" in spec else {}
-            try:
-                return self._group(fn, spec | again, resources)
-            except StorageUnavailable:
-                if attempt == self.max_restarts:
-                    raise
-            except ItpnError as error:
-                if not isinstance(error, _WorkerLost) or attempt == self.max_restarts:
-                    raise
-                log.warning("restart %d of %d: %s", attempt + 1, self.max_restarts, error)
-        raise AssertionError("unreachable: the loop returns or raises")
+            return _attended(fn, None, spec)
+        starts = failures = 0
+        with _StopOrder() as order:
+            while True:
+                # A late write of a rank that is still dying must not land among the files of its successor.
+                again = {"attempt": f"{spec['attempt']}-{starts}"} if starts and "attempt" in spec else {}
+                size = self._size(resources, spec, order)
+                starts, began = starts + 1, time.monotonic()
+                try:
+                    return self._group(partial(_attended, fn, order.key), spec | again, resources, size)
+                except Stopped:
+                    if order.given.is_set():
+                        raise
+                    log.warning(
+                        "the group has saved its state, since a node of it is taken away; it starts again"
+                    )
+                except (_WorkerLost, StorageUnavailable) as error:
+                    failures = 1 if time.monotonic() - began > self.settled_s else failures + 1
+                    if failures > self.max_restarts:
+                        raise
+                    log.warning("restart %d of %d: %s", failures, self.max_restarts, error)
 
-    def _group(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
+    def _size(self, resources: Resources, spec: dict, order: _StopOrder) -> int:
+        """The most workers that can be placed now; waits for the fewest that will do."""
+        if resources.fewest == resources.workers:
+            return resources.workers  # Ray waits for the room itself
+        sizes = spec.get("world_sizes") or range(resources.fewest, resources.workers + 1)
+        began, told = time.monotonic(), False
+        while True:
+            room = _room(resources)
+            fitting = [size for size in sizes if size <= room]
+            waited_s = time.monotonic() - began
+            if fitting and (fitting[-1] == sizes[-1] or waited_s >= self.patience_s):
+                log.info("%d of %d workers can be placed", fitting[-1], resources.workers)
+                return fitting[-1]
+            if not fitting and waited_s >= self.patience_s and not told:
+                told = True
+                log.warning("waiting for room: %d of at least %d workers can be placed", room, sizes[0])
+            if order.given.wait(1.0):
+                raise Stopped("stopped while waiting for room", remedy="run it again")
+
+    def _group(self, fn: Callable[[dict], dict], spec: dict, resources: Resources, size: int) -> dict:
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        # Ray's own watch would restart a group on a node's notice; `_attended` has it saved first.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.config import FailureConfig
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        per_worker = {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
+        elastic = resources.fewest < resources.workers
+        # What an elastic group was promised may be gone again: then its size is decided anew, here.
+        failures = FailureConfig(max_failures=0, controller_failure_limit=0 if elastic else -1)
+        per_worker = _per_worker(resources)
         with tempfile.TemporaryDirectory(prefix="itpn-ray-train-") as scratch:
             trainer = TorchTrainer(
                 cast(
@@ -178,15 +226,15 @@ class RayExecutor:
                 ),  # Ray's annotation says that nothing is returned; `return_value` says otherwise
                 train_loop_config=spec,
                 torch_config=TorchConfig(
-                    backend="nccl" if resources.gpus else "gloo", timeout_s=self.timeout_s
+                    backend="nccl" if resources.gpus else "gloo", timeout_s=int(spec.get("timeout_s", 600))
                 ),
                 scaling_config=ScalingConfig(
-                    num_workers=resources.workers,
+                    num_workers=size,
                     use_gpu=bool(resources.gpus),
                     resources_per_worker=per_worker,
                 ),
                 # Restarts are ours (above): Ray would also repeat errors that cannot go away.
-                run_config=RunConfig(storage_path=scratch, failure_config=FailureConfig(max_failures=0)),
+                run_config=RunConfig(storage_path=scratch, failure_config=failures),
             )
             try:
                 return cast(Any, trainer.fit()).return_value
@@ -234,6 +282,88 @@ def publish_gauges(values: Mapping[str, float], tags: Mapping[str, str]) -> None
 
 
 _gauges: dict[str, Any] = {}
+
+
+class _StopOrder:
+    """Context of a step's task: SIGTERM to it becomes a mark in Ray's key-value store, which the workers look for.
+
+    Where the task is not the main thread (it is in Ray), the context does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.key, self.given = f"itpn-stop-{uuid.uuid4().hex}", threading.Event()
+
+    def __enter__(self) -> _StopOrder:
+        self._previous: Any = None
+        self._ended = threading.Event()
+        if threading.current_thread() is threading.main_thread():
+            # The handler itself may run inside one of Ray's calls, so that it must make none.
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self.given.set())
+            threading.Thread(target=self._pass_on, daemon=True).start()
+        return self
+
+    def _pass_on(self) -> None:
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        while not self._ended.is_set():
+            if self.given.wait(_WATCH_S):
+                _internal_kv_put(self.key, b"")
+                return
+
+    def __exit__(self, *_: object) -> None:
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        self._ended.set()
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+        _internal_kv_del(self.key)
+
+
+def _attended(fn: Callable[[dict], dict], stop_key: str | None, spec: dict) -> dict:
+    """`fn(spec)` in a worker, which is asked to stop when its node is to be taken away or `stop_key` is set."""
+    ended = threading.Event()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # one on each node; the ranks agree on stopping
+        threading.Thread(target=_watch, args=(stop_key, ended), daemon=True).start()
+    try:
+        return fn(spec)
+    finally:
+        ended.set()
+
+
+def _watch(stop_key: str | None, ended: threading.Event) -> None:
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_exists
+
+    node = ray.get_runtime_context().get_node_id()
+    while not ended.wait(_WATCH_S):
+        try:
+            if node in _draining() or (stop_key and _internal_kv_exists(stop_key)):
+                distributed.request_stop()
+        except Exception as error:  # the head of the cluster is away for a moment
+            log.debug("not known whether to stop: %s", error)
+
+
+def _draining() -> set[str]:
+    """Ids of the nodes that Ray takes away soon (a spot notice, `ray drain-node`, a pod that ends)."""
+    from ray._private.state import state  # Ray Train watches the same; there is no public name
+
+    return set(state.get_draining_nodes())
+
+
+def _room(resources: Resources) -> int:
+    """How many workers fit on the nodes that are there to stay, beside what runs on them."""
+    from ray._private.state import available_resources_per_node
+
+    wanted = {name: count for name, count in _per_worker(resources).items() if count}
+    going, room = _draining(), 0
+    for node, free in available_resources_per_node().items():
+        if node not in going:
+            room += min(int(free.get(name, 0.0) / count + 1e-6) for name, count in wanted.items())
+    return room
+
+
+def _per_worker(resources: Resources) -> dict[str, float]:
+    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
 
 
 def _knock(address: str | None) -> None:

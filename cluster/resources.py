@@ -14,6 +14,8 @@ class Resources:
 
     Args:
         workers: processes that work together on the step (training ranks, or shard writers).
+        min_workers: as few as this will do where there is no room for `workers`; None asks for all of them. Only
+            groups whose ranks talk to each other (`Executor.workers`) look at it.
         cpus: logical CPUs per worker; may be fractional.
         gpus: GPUs per worker; a fraction lets jobs of one worker share one.
 
@@ -21,6 +23,7 @@ class Resources:
     """
 
     workers: int = 1
+    min_workers: int | None = None
     cpus: float = 1.0
     gpus: float = 0.0
 
@@ -33,9 +36,22 @@ class Resources:
                 remedy="ranks that train together cannot share a GPU (NCCL refuses): use one worker, or whole GPUs",
             )
 
+        if not 1 <= self.fewest <= self.workers:
+            raise ConfigError(
+                "a step cannot have this number of workers",
+                expected="1 <= min_workers <= workers",
+                found=f"min_workers={self.min_workers}, workers={self.workers}",
+            )
+
+    @property
+    def fewest(self) -> int:
+        """The number of workers that it cannot do without."""
+        return self.workers if self.min_workers is None else self.min_workers
+
     def __str__(self) -> str:
         gpu = f" + {self.gpus:g} GPU" if self.gpus else ""
-        return f"{self.workers} x ({self.cpus:g} CPU{gpu})"
+        count = f"{self.workers}" if self.fewest == self.workers else f"{self.fewest} to {self.workers}"
+        return f"{count} x ({self.cpus:g} CPU{gpu})"
 
 
 def cpu_count() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import Machines, at_size, evaluate_step, fan_out, pretrain_step, shard_step
@@ -55,6 +57,7 @@ class ImageNetRecipe(Config):
     grid: Grid  # of the fine-tuning jobs
     jobs: tuple[Job, ...] = ()  # further ones
     gpus: int = not_identity(8, ge=1)  # of pre-training
+    min_gpus: int | None = not_identity(None, ge=1)  # as few as this will do for it, while there are no more
     finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
     cpus_per_gpu: float = not_identity(8.0, gt=0)
     shard_workers: int = not_identity(16, ge=1)
@@ -63,10 +66,10 @@ class ImageNetRecipe(Config):
 
 def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
     """shard → pretrain → probe, and one fine-tuning for each job → evaluate."""
-    gpu = {"cpus": config.cpus_per_gpu, "gpus": 1.0}
+    gpu: dict[str, Any] = {"cpus": config.cpus_per_gpu, "gpus": 1.0}
     machines = Machines(
         shard=Resources(workers=config.shard_workers),
-        pretrain=Resources(workers=config.gpus, **gpu),
+        pretrain=Resources(workers=config.gpus, min_workers=config.min_gpus, **gpu),
         finetune=Resources(workers=config.finetune_gpus, **gpu),
         evaluate=Resources(workers=1, **gpu),
     )
@@ -92,7 +95,7 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
 def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:
     """GPUs for the largest step, ImageNet, and the teacher."""
     return [
-        preflight.gpus(max(config.gpus, config.finetune_gpus), address),
+        preflight.gpus(max(config.min_gpus or config.gpus, config.finetune_gpus), address),
         preflight.readable(
             "data set",
             config.data.source,

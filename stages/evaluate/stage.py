@@ -51,6 +51,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: StageCo
         )
     spec = spec_of(
         context,
+        timeout_s=config.timeout_s,
         config=config.model_dump(mode="json"),
         data=data.model_dump(),
         checkpoint=checkpoint.model_dump(),
@@ -102,7 +103,7 @@ def _lost(item: Found) -> Iterator[str]:
 def evaluate_rank(spec: dict[str, Any]) -> dict[str, Any]:
     """The work of one rank; `spec` is what `run` made."""
     config = EvaluateConfig.parse(spec["config"])
-    return as_rank(spec, lambda world: _evaluate(config, spec, world), timeout_s=config.timeout_s)
+    return as_rank(spec, lambda world: _evaluate(config, spec, world))
 
 
 def _evaluate(config: EvaluateConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:

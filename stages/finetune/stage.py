@@ -15,7 +15,7 @@ from stages.artifacts import Artifact, CheckpointRef, Outcome
 from stages.context import StageContext
 from stages.finetune.config import FinetuneConfig
 from stages.train.handover import trained, training_data
-from stages.train.launch import as_rank, spec_of
+from stages.train.launch import as_rank, spec_of, world_sizes
 
 
 def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
@@ -32,6 +32,8 @@ def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageCo
         raise ConfigError("the input 'init' is no checkpoint", expected="a checkpoint", found=init.kind)
     spec = spec_of(
         context,
+        timeout_s=config.engine.timeout_s,
+        world_sizes=world_sizes(context.resources, config, config.data.streams),
         config=config.model_dump(mode="json"),
         data=data.model_dump(),
         init=init.model_dump() if init else None,
@@ -52,7 +54,7 @@ def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageCo
 def finetune_rank(spec: dict[str, Any]) -> dict[str, Any]:
     """The work of one rank; `spec` is what `run` made."""
     config = FinetuneConfig.parse(spec["config"])
-    return as_rank(spec, lambda world: _train(config, spec, world), timeout_s=config.engine.timeout_s)
+    return as_rank(spec, lambda world: _train(config, spec, world))
 
 
 def _train(config: FinetuneConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from stages.artifacts import Artifact, Outcome
 from stages.context import StageContext
 from stages.pretrain.config import PretrainConfig
 from stages.train.handover import trained, training_data
-from stages.train.launch import as_rank, spec_of
+from stages.train.launch import as_rank, spec_of, world_sizes
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
@@ -25,7 +25,13 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageCo
         TrainingDiverged: the guard gave up. Stopped: asked to stop; the state is saved.
     """
     data = training_data("pretrain", inputs, config.data, config.backbone)
-    spec = spec_of(context, config=config.model_dump(mode="json"), data=data.model_dump())
+    spec = spec_of(
+        context,
+        timeout_s=config.engine.timeout_s,
+        world_sizes=world_sizes(context.resources, config, config.data.streams),
+        config=config.model_dump(mode="json"),
+        data=data.model_dump(),
+    )
     result = context.executor.workers(pretrain_rank, spec, context.resources)
     return trained(
         result, context, data, config.seed, task="pretrain", teacher_sha256=result["teacher_sha256"]
@@ -35,7 +41,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageCo
 def pretrain_rank(spec: dict[str, Any]) -> dict[str, Any]:
     """The work of one rank; `spec` is what `run` made."""
     config = PretrainConfig.parse(spec["config"])
-    return as_rank(spec, lambda world: _train(config, spec, world), timeout_s=config.engine.timeout_s)
+    return as_rank(spec, lambda world: _train(config, spec, world))
 
 
 def _train(config: PretrainConfig, spec: dict[str, Any], world: World) -> dict[str, Any]:

@@ -9,15 +9,19 @@ from typing import Any
 
 from cluster import distributed
 from cluster.distributed import World
+from cluster.errors import ConfigError
 from cluster.executor import LocalExecutor
+from cluster.resources import Resources
 from stages.context import StageContext
+from stages.train.config import LoopConfig
 
 
-def spec_of(context: StageContext, **values: Any) -> dict[str, Any]:
+def spec_of(context: StageContext, *, timeout_s: float, **values: Any) -> dict[str, Any]:
     """The picklable description of a rank's work: `values` and what ranks need of the context.
 
-    `gpus` is None in a plain process, which takes the GPUs that it finds; elsewhere it is what was granted, so
-    that a step that was granted none never computes on a GPU that others were.
+    `timeout_s` limits every collective of the group. `gpus` is None in a plain process, which takes the GPUs that it
+    finds; elsewhere it is what was granted, so that a step that was granted none never computes on a GPU that
+    others were.
     """
     return {
         "out": context.out,
@@ -26,6 +30,7 @@ def spec_of(context: StageContext, **values: Any) -> dict[str, Any]:
         "code_version": context.code_version,
         "cpus": context.resources.cpus,
         "gpus": None if isinstance(context.executor, LocalExecutor) else context.resources.gpus,
+        "timeout_s": timeout_s,
         **values,
     }
 
@@ -41,16 +46,34 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def as_rank(
-    spec: dict[str, Any], body: Callable[[World], dict[str, Any]], *, timeout_s: float = 600.0
-) -> dict[str, Any]:
+def world_sizes(resources: Resources, loop: LoopConfig, streams: int) -> list[int]:
+    """The numbers of ranks, ascending, that can share the data's streams and the global batch in whole micro-batches.
+
+    Raises ConfigError when an elastic group (`min_workers`) has none.
+    """
+    if resources.fewest == resources.workers:
+        return [resources.workers]  # the ranks say better what does not fit
+    batch, micro = loop.global_batch, loop.engine.micro_batch
+    every = range(resources.fewest, resources.workers + 1)
+    fitting = [n for n in every if streams % n == 0 and batch % (n * (micro or 1)) == 0]
+    if not fitting:
+        raise ConfigError(
+            f"no number of workers from {resources.fewest} to {resources.workers} can share the work",
+            expected=f"a divisor of data.streams = {streams} and of global_batch = {batch}, with whole micro-batches"
+            f" of {micro or 'any size'}",
+            remedy="widen the range of workers, or change engine.micro_batch",
+        )
+    return fitting
+
+
+def as_rank(spec: dict[str, Any], body: Callable[[World], dict[str, Any]]) -> dict[str, Any]:
     """Join the other ranks, run `body`, leave; every rank returns what rank 0's body returned."""
     import torch
 
     # As many threads as CPUs were granted: ranks that share a machine would slow each other down otherwise.
     torch.set_num_threads(max(1, int(spec["cpus"])))
     gpus = spec["gpus"]
-    world = distributed.init(timeout_s=timeout_s, use_gpu=None if gpus is None else gpus > 0)
+    world = distributed.init(timeout_s=spec["timeout_s"], use_gpu=None if gpus is None else gpus > 0)
     if (
         gpus and gpus < 1
     ):  # what this job takes too much fails here, and not in its neighbours on the same GPU

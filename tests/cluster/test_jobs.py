@@ -50,7 +50,7 @@ def _square(x: int) -> int:
 
 def group(spec: dict) -> dict:
     """In a task: a worker group of two, as the pretrain stage starts it."""
-    return RayExecutor(timeout_s=60).workers(_rank, spec, Resources(workers=2, cpus=0.5))
+    return RayExecutor().workers(_rank, spec | {"timeout_s": 60}, Resources(workers=2, cpus=0.5))
 
 
 def _rank(spec: dict) -> dict:

@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     codes = ranks.run(2, spec("killed", kill_at=6, kill_rank=1), root / "2")
     assert codes[1] == -9 and codes[0] != 0
-    for name in ("uncommitted", "zero3", "one"):
+    for name in ("uncommitted", "zero3", "one", "four"):
         go_on_from_step_8(name)
     shutil.copytree(root / "whole", root / "damaged")
     victim = next((root / "damaged" / "checkpoints" / "files").glob("000000012-*/rank-00001.safetensors"))
@@ -72,6 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     assert ranks.run(2, again, root / "3") == [0, 0], ranks.errors(root / "3")
     assert ranks.run(1, spec("one", dropout=0), root / "4") == [0], ranks.errors(root / "4")
+    assert ranks.run(4, spec("four", dropout=0), root / "5") == [0] * 4, ranks.errors(root / "5")
     return root
 
 
@@ -96,7 +97,7 @@ def test_files_without_a_manifest_are_nothing(root):
     assert hashes(root / "uncommitted", 12) == hashes(root / "plain", 12)
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("zero3", 2), ("one", 1)])
+@pytest.mark.parametrize(("name", "world_size"), [("zero3", 2), ("one", 1), ("four", 4)])
 def test_other_stage_or_world_size_goes_on_with_the_same_losses(root, name, world_size):
     result, plain = (ranks.results(root / f"{n}.result", w)[0] for n, w in ((name, world_size), ("plain", 2)))
     assert result["losses"][:8] == plain["losses"][:8]

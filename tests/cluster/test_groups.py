@@ -1,0 +1,109 @@
+"""Worker groups that lose a rank, a node, or their time: on a real Ray, with the loop of a training in small."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from cluster.errors import ConfigError, Stopped
+from cluster.jobs import RayExecutor, Session
+from cluster.resources import Resources
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
+    session = Session()
+    yield session
+    session.close()
+
+
+def steps(spec: dict) -> dict:
+    """Counts steps that all ranks take together; saves when it was asked to stop, and goes on from there."""
+    import torch
+    import torch.distributed as dist
+
+    from cluster import distributed
+
+    rank, folder = dist.get_rank(), Path(spec["folder"])
+    saved = folder / "saved"
+    first = step = int(saved.read_text()) if saved.exists() else 0
+    (folder / f"rank-{rank}").write_text(f"{os.getpid()} {dist.get_world_size()}")
+    while step < spec["steps"]:
+        total = torch.tensor([1, int(distributed.stop_requested())])
+        dist.all_reduce(total)
+        step += 1
+        time.sleep(0.05)
+        if rank == 0:
+            (folder / "step").write_text(str(step))
+        if total[1]:
+            if rank == 0:
+                saved.write_text(str(step))
+            raise Stopped(f"stopped after step {step}")
+    return {"first": first, "world": dist.get_world_size(), "attempt": spec["attempt"]}
+
+
+def two(spec: dict) -> dict:
+    """In a step's task: a group of two."""
+    (Path(spec["folder"]) / "task").write_text(str(os.getpid()))
+    return RayExecutor().workers(steps, spec, Resources(workers=2, cpus=0.5))
+
+
+def under_way(folder: Path, step: int = 10) -> bool:
+    path = folder / "step"
+    return path.exists() and int(path.read_text() or 0) >= step
+
+
+def when(condition: Callable[[], bool], act: Callable[[], object]) -> Thread:
+    """Do `act` once `condition` holds, beside what the test waits for."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if condition():
+                act()
+                return
+            time.sleep(0.05)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_sigterm_to_the_task_of_a_step_lets_the_ranks_save_first(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "steps": 10_000, "attempt": "a", "timeout_s": 60}
+    job = session.submit(two, spec, resources=Resources(workers=2), name="two")
+    when(lambda: under_way(tmp_path), lambda: os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM))
+    with pytest.raises(Stopped, match="stopped after step"):
+        job.result()
+    assert int((tmp_path / "saved").read_text()) >= 10
+    again = session.submit(two, spec | {"steps": 0}, resources=Resources(workers=2), name="two").result()
+    assert again["first"] == int((tmp_path / "saved").read_text())
+
+
+@pytest.mark.slow
+def test_rank_that_stands_still_ends_in_a_restart_not_in_a_hang(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "steps": 200, "attempt": "a", "timeout_s": 5}
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.append(int((tmp_path / "rank-1").read_text().split()[0]))
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    when(lambda: under_way(tmp_path), stop)
+    found = session.submit(two, spec, resources=Resources(workers=2), name="two").result()
+    assert stopped and found == {"first": 0, "world": 2, "attempt": "a-1"}
+    assert not Path(f"/proc/{stopped[0]}").exists()
+
+
+def test_elastic_range_must_be_one() -> None:
+    assert str(Resources(workers=8, min_workers=2, gpus=1)) == "2 to 8 x (1 CPU + 1 GPU)"
+    with pytest.raises(ConfigError, match="cannot have this number of workers"):
+        Resources(workers=2, min_workers=3)
