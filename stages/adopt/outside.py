@@ -7,8 +7,9 @@ from typing import Any
 
 from cluster import storage
 from stages.artifacts import CheckpointRef
-from stages.model.files import local_copy, read_state
-from stages.model.io import WEIGHTS, config_beside, infer_config
+from stages.model.files import local_copy
+from stages.model.infer import infer_config
+from stages.model.io import WEIGHTS, read_described
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -56,5 +57,6 @@ def examine(uri: str, *, ema: bool = False) -> Outside:
     """
     with local_copy(uri) as path:
         sha256, size = storage.sha256_file(path), path.stat().st_size
-        config = config_beside(uri) or infer_config(read_state(path, ema=ema))
+        state, config = read_described(uri, path, ema=ema)
+        config = config or infer_config(state)
     return Outside(storage.join(uri), sha256, size, config)

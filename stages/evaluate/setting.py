@@ -13,8 +13,9 @@ from cluster.errors import ConfigError
 from stages.data.view import EvalView
 from stages.evaluate.config import Acceleration, EvaluateConfig, OnData
 from stages.model import BackboneConfig, Normalisation, accelerated
-from stages.model.files import local_copy, read_state
-from stages.model.io import build, config_beside, infer_config, load_into
+from stages.model.files import local_copy
+from stages.model.infer import infer_config
+from stages.model.io import build, load_into, read_described
 from stages.model.mfm import published_name
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -32,8 +33,8 @@ class Weights:
     def open(cls, uri: str, sha256: str) -> Weights:
         """Read them; raises DataInvalid when the file is missing, broken or another one."""
         with local_copy(uri, sha256=sha256) as path:
-            state = read_state(path)
-        return cls(state, config_beside(uri) or infer_config(state))
+            state, config = read_described(uri, path)
+        return cls(state, config or infer_config(state))
 
     @property
     def backbone(self) -> BackboneConfig:

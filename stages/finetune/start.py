@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stages.model import load_backbone_into
-from stages.model.files import local_copy, read_state
-from stages.model.io import config_beside
+from stages.model.files import local_copy
+from stages.model.io import read_described
 
 HEAD = ("head.weight", "head.bias")
 
@@ -31,8 +31,7 @@ def start_from(module: Any, uri: str, sha256: str, classes: Sequence[str]) -> li
     Raises DataInvalid when the file is another one, or its backbone does not fit.
     """
     with local_copy(uri, sha256=sha256) as path:
-        state = read_state(path)
-    config = config_beside(uri)
+        state, config = read_described(uri, path)
     names = config.get("classes") if config else None
     head = {name: state.pop(name) for name in HEAD if name in state} if names is not None else {}
     report = load_backbone_into(module, state)

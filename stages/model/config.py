@@ -5,12 +5,15 @@ Widths, depths and heads of the published sizes: iTPN and Fast-iTPN model defini
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cluster.errors import ConfigError
 from stages.config import Config, nearest, not_identity
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def check_input_size(height: int, width: int, *, error: type[Exception] = ConfigError) -> None:
@@ -169,6 +172,13 @@ class TeacherConfig(Config):
     activation: Literal["auto", "gelu", "quick_gelu"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     published_scaling: bool = False
+
+    @field_validator("sha256")
+    @classmethod
+    def _pin(cls, value: str | None) -> str | None:
+        if value is not None and not SHA256.fullmatch(value.lower()):
+            raise ValueError(f"'{value}' is no sha256 of 64 hexadecimal digits")
+        return value and value.lower()
 
 
 def _fast(img_size: int, width: int, depths: tuple[int, int, int], heads: int, drop: float) -> BackboneConfig:

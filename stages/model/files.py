@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import pickle
 import tempfile
@@ -14,15 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster import storage
-from cluster.errors import DataInvalid
+from cluster.errors import ConfigError, DataInvalid
+from stages.model.config import SHA256
 
-# Published checkpoints carry their command line beside the weights. These classes only hold values.
-_INERT: list[Any] = [argparse.Namespace, pathlib.PosixPath]
+
+class _Ignored:
+    """Stands for a numpy value beside the weights (a best accuracy, a loss): nothing of numpy runs, nothing is kept."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# Published checkpoints carry their command line and results beside the weights. These classes only hold values.
+_INERT: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    (_Ignored, "numpy.dtype"),
+    (_Ignored, "numpy.core.multiarray.scalar"),
+    (_Ignored, "numpy._core.multiarray.scalar"),
+]
+OWN_CONFIG = "itpn_config"  # entry of a torch file that we wrote: what config.json says, as JSON
 _STATE_KEYS = ("model", "module", "state_dict")
 _EMA_KEYS = ("model_ema", "ema", "state_dict_ema")
 
@@ -31,9 +50,12 @@ _EMA_KEYS = ("model_ema", "ema", "state_dict_ema")
 def local_copy(uri: str, *, sha256: str | None = None) -> Iterator[Path]:
     """A local path to the object at `uri`, downloaded to a temporary folder where it is not local.
 
-    Raises DataInvalid when `sha256` is given and differs.
+    Raises:
+        ConfigError: `sha256` is none.
+        DataInvalid: there is no such file, or its hash is not `sha256`.
     """
     full = storage.join(uri)
+    sha256 = pin(sha256)
     if "://" not in full:
         if not Path(full).is_file():
             raise DataInvalid(
@@ -49,6 +71,18 @@ def local_copy(uri: str, *, sha256: str | None = None) -> Iterator[Path]:
         yield local
 
 
+def pin(sha256: str | None) -> str | None:
+    """A sha256 as we compare it, in lower case; raises ConfigError when it is none."""
+    if sha256 is not None and not SHA256.fullmatch(sha256.lower()):
+        raise ConfigError(
+            f"'{sha256}' is no sha256",
+            expected="64 hexadecimal digits",
+            found=f"{len(sha256)} characters",
+            remedy="give what `sha256sum FILE` prints",
+        )
+    return sha256 and sha256.lower()
+
+
 def _differs(uri: str, expected: str, found: str) -> DataInvalid:
     return DataInvalid(
         f"{uri} is not the file that was pinned",
@@ -59,55 +93,76 @@ def _differs(uri: str, expected: str, found: str) -> DataInvalid:
 
 
 def read_state(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU.
+    """The tensors of a weights file by name, on the CPU; see `read_file`."""
+    return read_file(path, ema=ema)[0]
+
+
+def read_file(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of a weights file by name, on the CPU, and the config that it holds itself, if it does.
 
     Understands safetensors, torch files (a state dict, or one under `model`, `module` or `state_dict`; with
     `ema` under `model_ema`), and TorchScript archives. Nothing in the file is executed.
 
     Raises:
-        DataInvalid: not such a file, or one that would need to run code.
+        DataInvalid: not such a file, one that would need to run code, or one without averaged weights when
+            those are asked for.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if _is_torchscript(path):
-            return _read_torchscript(path)
-        with torch.serialization.safe_globals(_INERT):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
+        content, nested = _parse(path)
+    except OSError:
+        raise
+    except Exception as error:  # a broken or hostile file makes the parsers raise nearly anything
         raise DataInvalid(
             f"{path} cannot be read as weights",
             expected="safetensors, a torch state dict, or a TorchScript archive",
-            found=str(error).splitlines()[0][:300],
+            found=(str(error).splitlines() or [type(error).__name__])[0][:300],
             remedy="convert the file to safetensors on a machine that trusts it",
         ) from None
+    if not isinstance(content, dict):
+        raise DataInvalid(
+            f"{path} holds no state dict", expected="tensors by name", found=type(content).__name__
+        )
+    own = _own_config(path, content.get(OWN_CONFIG)) if nested else None
     keys = _EMA_KEYS if ema else _STATE_KEYS
-    for key in keys:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    else:
-        if ema:
-            raise DataInvalid(
-                f"{path} holds no averaged weights",
-                expected=" or ".join(keys),
-                found=", ".join(map(str, content)),
-            )
+    key = next((key for key in keys if nested and isinstance(content.get(key), dict)), None)
+    if key is None and ema:
+        raise DataInvalid(
+            f"{path} holds no averaged weights", expected=" or ".join(keys), found=_names(content)
+        )
+    content = content if key is None else content[key]
     state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not state:
-        raise DataInvalid(
-            f"{path} holds no tensors", expected="a state dict", found=", ".join(map(str, content))
-        )
+        raise DataInvalid(f"{path} holds no tensors", expected="a state dict", found=_names(content))
     if all(name.startswith("module.") for name in state):  # saved from a DistributedDataParallel wrapper
         state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
+    return state, own
+
+
+def _parse(path: Path) -> tuple[Any, bool]:
+    """The file's content, and whether it may hold more than tensors."""
+    if path.suffix == ".safetensors":
+        return load_file(path), False
+    if _is_torchscript(path):
+        return _read_torchscript(path), False
+    with torch.serialization.safe_globals(_INERT):
+        return torch.load(path, map_location="cpu", weights_only=True), True
+
+
+def _own_config(path: Path, text: Any) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise DataInvalid(
+            f"{path}: its entry {OWN_CONFIG} cannot be read",
+            expected="JSON of a model's config",
+            found=str(error),
+        ) from None
+
+
+def _names(content: dict[Any, Any]) -> str:
+    return ", ".join(map(str, list(content)[:8])) or "nothing"
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -124,7 +179,10 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
     and turns every scripted module into a plain dictionary.
     """
     with zipfile.ZipFile(path) as archive:
-        root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if not pickles:
+            raise pickle.UnpicklingError("a TorchScript archive without its data.pkl")
+        root = pickles[0].removesuffix("data.pkl")
         with archive.open(f"{root}data.pkl") as file:
             module = _TensorUnpickler(file, archive, root).load()
     state: dict[str, Tensor] = {}
@@ -158,16 +216,21 @@ class _TensorUnpickler(pickle.Unpickler):
         super().__init__(file)
         self._archive, self._root = archive, root
         self._storages: dict[str, torch.UntypedStorage] = {}
+        # A pickle can set attributes on whatever it names, so it gets a class and functions of its own: what it
+        # does to them ends with this load.
+        self._module = type("Module", (_Module,), {})
+        self._rebuild = lambda *arguments: torch._utils._rebuild_tensor_v2(*arguments)
+        self._mapping = type("Mapping", (OrderedDict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         if module.startswith("__torch__"):
-            return _Module
+            return self._module
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
+            return self._rebuild
         if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
+            return self._mapping
         if module == "torch.jit._pickle":  # typed lists and the like: their items
             return lambda data, *_: data
         raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which is not a tensor")

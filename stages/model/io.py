@@ -16,8 +16,9 @@ from cluster import storage
 from cluster.errors import DataInvalid
 from stages.model.backbone import build_backbone
 from stages.model.config import BackboneConfig, ObjectiveConfig
-from stages.model.files import local_copy, read_state
+from stages.model.files import local_copy, read_file
 from stages.model.heads import Classifier
+from stages.model.infer import infer_config, some, square_side
 from stages.model.itpn import resize_bias_table
 from stages.model.layers import Normalisation, resize_grid
 from stages.model.mfm import MaskedFeatureModel, published_name
@@ -91,7 +92,7 @@ def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module:
-    """A model in evaluation mode; its `forward_features(image)` returns named levels.
+    """A model in evaluation mode; its `forward_features(image)` returns named levels, `load_report` what was loaded.
 
     Args:
         uri: a folder or `model.safetensors` in our layout, or a published checkpoint file (`.pt`, `.pth`,
@@ -100,23 +101,43 @@ def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module
         ema: take the averaged weights of a published checkpoint.
 
     Raises:
-        DataInvalid: missing, broken or pinned otherwise, or weights that do not fit their config.
+        DataInvalid: missing, broken or pinned otherwise, or weights that do not fit their config, all of them.
     """
     full = storage.join(uri)
     weights = (
         full if Path(full).suffix in (".safetensors", ".pt", ".pth", ".bin") else storage.join(full, WEIGHTS)
     )
     with local_copy(weights, sha256=sha256) as path:
-        state = read_state(path, ema=ema)
-    model = build(config_beside(weights) or infer_config(state))
-    load_into(model, state, allow_missing=())
+        state, config = read_described(weights, path, ema=ema)
+    model: Any = build(config or infer_config(state))
+    model.load_report = report = load_into(model, state, allow_missing=())
+    if report.dropped:
+        raise DataInvalid(
+            f"{weights} holds parts that its model has no place for",
+            expected=f"weights of a {type(model).__name__}",
+            found=some(report.dropped),
+            remedy="put a config.json beside it that says what kind of model it is; fine-tuning takes it as it is",
+        )
     return model.eval()
 
 
+def read_described(
+    uri: str, path: Path, *, ema: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """The tensors of the weights file at `uri`, of which `path` is a local copy, and its model's config.
+
+    The config is the one in the file itself, else the `config.json` beside it; None where there is neither, as
+    with published checkpoints: `infer_config` reads it off the shapes.
+    """
+    state, own = read_file(path, ema=ema)
+    return state, own or config_beside(uri)
+
+
 def config_beside(weights: str) -> dict[str, Any] | None:
-    """The `config.json` in the folder of a weights file; None for a published file, which has none."""
+    """The `config.json` in the folder of a weights file; None where there is none, or one of another program."""
     uri = storage.join(storage.join(weights).rsplit("/", 1)[0], CONFIG)
-    return storage.read_json(uri) if storage.exists(uri) else None
+    found = storage.read_json(uri) if storage.exists(uri) else None
+    return found if isinstance(found, dict) and "backbone" in found else None
 
 
 def load_into(
@@ -157,7 +178,7 @@ def load_into(
         raise DataInvalid(
             "the weights do not fit the model",
             expected=f"every parameter of {type(model).__name__}",
-            found=f"missing: {_some(absent)}; unexpected: {_some(report.unexpected)}",
+            found=f"missing: {some(absent)}; unexpected: {some(report.unexpected)}",
             remedy="check that family, widths and depths are those of the checkpoint",
         )
     model.load_state_dict(fitted, strict=False)
@@ -171,9 +192,11 @@ def load_backbone_into(model: nn.Module, state: Mapping[str, Tensor]) -> LoadRep
 
 def _resize(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     if name.endswith("pos_embed") and value.shape[-1] == shape[-1]:
+        square_side(name, value.shape[-2])
         side = round(shape[1] ** 0.5)
         return resize_grid(value, (side, side))
     if name.endswith("relative_position_bias_table") and value.shape[1] == shape[1]:
+        square_side(name, value.shape[0])
         side = (round(shape[0] ** 0.5) + 1) // 2
         return resize_bias_table(value, (side, side))
     raise DataInvalid(
@@ -182,50 +205,3 @@ def _resize(name: str, value: Tensor, shape: torch.Size) -> Tensor:
         found=tuple(value.shape),
         remedy="use the backbone size that the checkpoint was made with",
     )
-
-
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") if names else "none"
-    )
-
-
-def infer_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The config of published weights, read off their names and shapes; heads are width/64, as in them all.
-
-    Raises:
-        DataInvalid: neither Fast-iTPN nor iTPN weights.
-    """
-    flat = {published_name(name): value for name, value in state.items()}
-    merges = sorted(
-        int(n.split(".")[1]) for n in flat if n.startswith("blocks.") and ".reduction.weight" in n
-    )
-    positions = flat.get("pos_embed", flat.get("absolute_pos_embed"))
-    if len(merges) != 2 or positions is None:
-        raise DataInvalid(
-            "the weights are neither Fast-iTPN's nor iTPN's",
-            expected="a position embedding and two merges among `blocks`",
-            found=", ".join(list(state)[:5]),
-            remedy="give a published iTPN or Fast-iTPN checkpoint, or a folder with config.json",
-        )
-    last = max(int(n.split(".")[1]) for n in flat if n.startswith("blocks."))
-    width, fast = positions.shape[-1], "pos_embed" in flat
-    hidden = flat[f"blocks.{last}.mlp.{'w1' if fast else 'fc1'}.weight"].shape[0]
-    backbone = {
-        "family": "fast_itpn" if fast else "itpn",
-        "img_size": 16 * round(positions.shape[1] ** 0.5),
-        "embed_dim": width,
-        "depths": (merges[0], merges[1] - merges[0] - 1, last - merges[1]),
-        "num_heads": max(1, width // 64),
-        "mlp_ratio": hidden / width,
-        "init_values": 0.1 if f"blocks.{last}.gamma_1" in flat else None,
-    }
-    if "lm_head.weight" in flat:
-        fpn = flat["align_dim_16to8.weight"].shape[0]
-        depth = len({n.split(".")[1] for n in flat if n.startswith("block_16to8.")})
-        objective = {"fpn_dim": fpn, "fpn_depth": depth, "auxiliary": "lm_cls_head.weight" in flat}
-        dim = flat["lm_head.weight"].shape[0]
-        return {"kind": "pretrain", "backbone": backbone, "objective": objective, "teacher_dim": dim}
-    if "head.weight" in flat:
-        return {"kind": "classifier", "backbone": backbone, "num_classes": flat["head.weight"].shape[0]}
-    return {"kind": "backbone", "backbone": backbone}

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, StepFailed
 from stages.model import (
     BackboneConfig,
     Classifier,
@@ -27,7 +27,8 @@ BOTH = {"migration": MigrationConfig(), "gathering": GatheringConfig(window=3, t
 
 
 def config(family="fast_itpn", **more):
-    return BackboneConfig(family=family, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1, **more)
+    sizes = {"img_size": 64, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 1}
+    return BackboneConfig(family=family, **(sizes | more))
 
 
 def save(folder, model):
@@ -35,19 +36,25 @@ def save(folder, model):
     return str(folder)
 
 
+@pytest.mark.parametrize("more", [{}, BOTH], ids=["dense", "accelerated"])
 @pytest.mark.parametrize("family", ["fast_itpn", "itpn"])
-def test_both_layouts_come_back_as_the_same_model(tmp_path, family):
+def test_both_layouts_come_back_as_the_same_model(tmp_path, family, more):
     image = torch.randn(1, 3, 64, 64)
-    classifier = Classifier(config(family), 5).eval()
-    pretrain = MaskedFeatureModel(config(family), ObjectiveConfig(fpn_dim=32), 24).eval()
+    heads = config(family, num_heads=4, **more)  # not width/64
+    classifier = Classifier(heads, 5).eval()
+    pretrain = MaskedFeatureModel(heads, ObjectiveConfig(fpn_dim=32, levels="per_level"), 24).eval()
+    for model in (classifier, pretrain):  # strong layer scale, so that attention matters
+        for parameter in (p for n, p in model.named_parameters() if "gamma" in n):
+            torch.nn.init.ones_(parameter)
     for name, model in (("a", classifier), ("b", pretrain)):
         files = export(save(tmp_path / name, model), tmp_path / "out" / name, formats=("itpn", "published"))
         assert [file.path.name for file in files] == ["model.safetensors", "config.json", "published.pth"]
         (tmp_path / "alone").mkdir(exist_ok=True)  # the published file must do without config.json
         published = files[2].path.rename(tmp_path / "alone" / f"{name}.pth")
         for uri in (files[0].path, published):
-            again = load(str(uri)).forward_features(image)
-            assert torch.equal(again["level4"], model.forward_features(image)["level4"])
+            again, expected = load(str(uri)).forward_features(image), model.forward_features(image)
+            assert set(again) == set(expected)
+            assert all(torch.equal(again[level], expected[level]) for level in expected)
 
 
 @needs_onnx
@@ -68,6 +75,15 @@ def test_onnx_classifier_and_features_agree_with_torch(tmp_path, family, more):
         ("features.onnx", ("level4", "level8", "level16")),
     ]
     assert all(f.error < 1e-4 for f in files)
+
+
+@needs_onnx
+@pytest.mark.timeout(600)
+def test_an_onnx_file_that_gives_no_numbers_does_not_pass(tmp_path):
+    model = Classifier(config(), 5)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(StepFailed, match=r"nan(.|\n)*not finite"):
+        export(save(tmp_path / "m", model), tmp_path / "out", formats=("onnx",))
 
 
 @needs_onnx

@@ -1,18 +1,24 @@
 """Saving, loading and the strict report."""
 
 import argparse
+import json
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cluster.errors import ConfigError, DataInvalid
+from cluster.hashing import sha256_file
 from stages.model import (
     BackboneConfig,
     Classifier,
     MaskedFeatureModel,
     Normalisation,
     ObjectiveConfig,
+    TeacherConfig,
     backbone_config,
     build_backbone,
     load,
@@ -105,14 +111,109 @@ def test_weights_that_do_not_fit_are_refused_by_name(damage, words):
         load_backbone_into(model, state)
 
 
+def published(**more):
+    """A classifier of a published width, whose heads shapes tell."""
+    return Classifier(config(**({"embed_dim": 384, "depths": (1, 1, 1), "num_heads": 6} | more)), 5).eval()
+
+
 @pytest.mark.parametrize(("outer", "ema"), [("model", False), ("module", False), ("model_ema", True)])
 def test_published_checkpoints_load_by_their_shapes_alone(tmp_path, outer, ema):
-    model = Classifier(config(), 5)
-    content = {outer: model.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3}
+    model = published(bridge_mlp_ratio=2.0, mlp_ratio=8 / 3)
+    best = np.float64(86.2)
+    content = {outer: model.state_dict(), "args": argparse.Namespace(lr=0.1), "epoch": 3, "best": best}
     torch.save(content, tmp_path / "published.pth")
     again = load(str(tmp_path / "published.pth"), ema=ema)
-    assert again.config.depths == (1, 1, 4) and again.num_classes == 5
-    assert torch.equal(again.head.weight, model.head.weight)
+    assert again.config.depths == (1, 1, 1) and again.num_classes == 5
+    assert again.config.bridge_mlp_ratio == 2
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(image), model(image))
+    assert again.load_report.missing == [] and again.load_report.dropped == []
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_prefix_of_a_distributed_wrapper_is_taken_off(tmp_path, suffix):
+    model = published()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    path = tmp_path / f"a{suffix}"
+    torch.save(state, path) if suffix == ".pth" else save_file(state, path)
+    assert torch.equal(load(str(path)).head.weight, model.head.weight)
+
+
+def test_heads_that_shapes_do_not_tell_are_not_guessed(tmp_path):
+    model = Classifier(backbone_config("fast_itpn_micro"), 5)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(
+        DataInvalid, match=r"heads cannot be read off weights of width 128(.|\n)*384, 512, 768"
+    ):
+        load(str(tmp_path / "a.pth"))
+    (tmp_path / "config.json").write_text(json.dumps(model.describe()))
+    assert load(str(tmp_path / "a.pth")).config.num_heads == 4
+    other = Classifier(
+        config("itpn", embed_dim=128, num_heads=4), 5
+    )  # its bias tables have a column for each
+    torch.save({"model": other.state_dict()}, tmp_path / "itpn.pth")
+    (tmp_path / "config.json").unlink()
+    assert load(str(tmp_path / "itpn.pth")).config.num_heads == 4
+
+
+def test_parts_that_the_model_has_no_place_for_are_not_dropped_in_silence(tmp_path):
+    save_model(tmp_path, pretrain().state_dict(), {"kind": "backbone", "backbone": config().identity()})
+    with pytest.raises(DataInvalid, match=r"no place for(.|\n)*cls_pt_layers"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("list.pth", [torch.zeros(2)], "holds no state dict(.|\\n)*list"),
+        ("tensor.pth", torch.zeros(2), "holds no state dict(.|\\n)*Tensor"),
+        ("empty.pth", b"", "cannot be read as weights(.|\\n)*EOFError|Ran out of input"),
+        ("text.safetensors", b"", "cannot be read as weights"),
+        ("config.pth", {"model": {"a": torch.zeros(1)}, "itpn_config": "{"}, "itpn_config cannot be read"),
+        ("head.pth", lambda: published().state_dict() | {"lm_head.weight": torch.zeros(3, 384)}, "align_dim"),
+        ("cls.pth", lambda: published().state_dict() | {"pos_embed": torch.zeros(1, 37, 384)}, "class token"),
+        ("cut.pth", lambda: {n: v for n, v in published().state_dict().items() if "w1" not in n}, "mlp.w1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value[-12:] else "",
+)
+def test_files_that_hold_something_else_are_named(tmp_path, name, content, words):
+    content = content() if callable(content) else content
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(DataInvalid, match=words):
+        load(str(tmp_path / name))
+
+
+def test_an_archive_without_its_pickle_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/constants.pkl", b"")
+    with pytest.raises(DataInvalid, match=r"without its data\.pkl"):
+        load(str(tmp_path / "a.pt"))
+
+
+def test_the_config_of_another_program_is_not_taken_for_ours(tmp_path):
+    torch.save({"model": published().state_dict()}, tmp_path / "a.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    assert load(str(tmp_path / "a.pth")).num_classes == 5
+
+
+def test_a_position_table_with_a_class_token_is_not_resized():
+    state = published().state_dict() | {"pos_embed": torch.zeros(1, 37, 384)}
+    with pytest.raises(DataInvalid, match="pos_embed is not that of a square grid"):
+        load_backbone_into(published(), state)
+
+
+def test_pins_are_compared_in_lower_case_and_must_be_pins(tmp_path):
+    torch.save({"model": published().state_dict()}, tmp_path / "a.pth")
+    digest = sha256_file(tmp_path / "a.pth")
+    assert load(str(tmp_path / "a.pth"), sha256=digest.upper()).num_classes == 5
+    with pytest.raises(ConfigError, match="64 hexadecimal digits"):
+        load(str(tmp_path / "a.pth"), sha256="abc")
+    assert TeacherConfig(uri="a", sha256=digest.upper()).sha256 == digest
+    with pytest.raises(ConfigError, match="is no sha256"):
+        TeacherConfig.parse({"uri": "a", "sha256": digest[:-1]})
 
 
 def test_published_pretraining_checkpoint_loads_by_its_flat_names(tmp_path):
@@ -128,9 +229,13 @@ def test_published_pretraining_checkpoint_loads_by_its_flat_names(tmp_path):
 
 
 def test_asking_for_averaged_weights_that_are_not_there_is_an_error(tmp_path):
-    torch.save({"model": Classifier(config(), 5).state_dict()}, tmp_path / "a.pth")
-    with pytest.raises(DataInvalid, match="averaged"):
-        load(str(tmp_path / "a.pth"), ema=True)
+    state = Classifier(config(), 5).state_dict()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    save_file(state, tmp_path / "a.safetensors")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    for name in ("a.pth", "a.safetensors", "a.pt"):
+        with pytest.raises(DataInvalid, match="averaged"):
+            load(str(tmp_path / name), ema=True)
 
 
 class Evil:

@@ -127,6 +127,18 @@ def test_an_archive_that_asks_for_anything_but_tensors_is_refused(tmp_path, open
     assert "executed" not in capsys.readouterr().out
 
 
+def test_an_archive_cannot_alter_what_it_names(tmp_path, openai_state):
+    archive(tmp_path / "good.pt", openai_state)
+    function = b"ctorch._utils\n_rebuild_tensor_v2\n"
+    altering = b"\x80\x02" + function + b"(N}X\x06\x00\x00\x00tamperK\x01stb."  # GLOBAL, (None, {..}), BUILD
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
+        for name in good.namelist():
+            evil.writestr(name, altering if name.endswith("/data.pkl") else good.read(name))
+    with pytest.raises(DataInvalid, match="no tensors"):
+        load_teacher(TeacherConfig(uri=str(tmp_path / "evil.pt")))
+    assert not hasattr(torch._utils._rebuild_tensor_v2, "tamper")
+
+
 def small(kind):
     import transformers
 
