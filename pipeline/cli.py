@@ -103,7 +103,7 @@ def status(
     """
     module, config = recipe_of(recipe, set_)
     uri = storage.join(root_of(root))
-    statuses = doctors.survey(uri, recipe, topological(module.build(config)))
+    statuses = doctors.survey(uri, recipe, topological(module.build(config)), getattr(config, "search", None))
     console = console_of(as_json)
     progress = view.begun(uri, statuses)
     console.print(view.status_table(statuses, progress))

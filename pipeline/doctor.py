@@ -10,6 +10,7 @@ from cluster.lease import holder_of
 from cluster.resources import cpu_count
 from pipeline.preflight import Requirement
 from pipeline.runner import Runner, State, StepStatus
+from pipeline.search import Search
 from pipeline.step import Step
 from pipeline.version import library_versions
 from pipeline.view import read_progress
@@ -46,9 +47,9 @@ def machine(address: str | None) -> list[Requirement]:
     ]
 
 
-def survey(root: str, recipe: str, steps: list[Step]) -> list[StepStatus]:
-    """Every step's state as storage tells it: done, drifted, running (by anyone), failed, or to do."""
-    statuses = Runner(root, recipe, steps).plan()
+def survey(root: str, recipe: str, steps: list[Step], search: Search | None = None) -> list[StepStatus]:
+    """Every step's state as storage tells it: done, stopped early, drifted, running (by anyone), failed, or to do."""
+    statuses = Runner(root, recipe, steps, search=search).plan()
     for status in statuses:
         if status.state is not State.TODO:
             continue

@@ -38,6 +38,7 @@ from pipeline import record as records
 from pipeline.record import InputRef, Record
 from pipeline.registry import Registry, RunRow
 from pipeline.registry.deletions import Deletions
+from pipeline.search import Judge, Search, StoppedEarly
 from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
 from stages.artifacts import Artifact, CheckpointRef, Outcome
@@ -58,11 +59,13 @@ class State(StrEnum):
     DONE = "done"
     FAILED = "failed"
     STOPPED = "stopped"  # asked to, with its state saved
+    STOPPED_EARLY = "stopped early"  # a hopeless trial of a search: an outcome, no failure
     BLOCKED = "blocked"  # an input failed
     DRIFTED = "drifted"
 
 
-_NOT_DONE = (State.FAILED, State.STOPPED, State.BLOCKED)
+_HOPELESS = (State.STOPPED_EARLY, State.BLOCKED)
+_NOT_DONE = (State.FAILED, State.STOPPED, State.STOPPED_EARLY, State.BLOCKED)
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Runner:
         open_session: connects to Ray; called when the first step has to run, and not at all when none has.
         max_parallel: steps in flight at once.
         wait_for_lease: False raises LeaseHeld instead of waiting for another runner of the same step.
+        search: stops hopeless trials early, where it is not off.
         on_change: called with a StepStatus whenever it changes (from several threads).
     """
 
@@ -101,6 +105,7 @@ class Runner:
         open_session: Callable[[], Session] = Session,
         max_parallel: int = 32,
         wait_for_lease: bool = True,
+        search: Search | None = None,
         on_change: Callable[[StepStatus], None] = lambda status: None,
     ) -> None:
         self.root, self.recipe = root, recipe
@@ -108,17 +113,28 @@ class Runner:
         self.status = {step.id: StepStatus(step) for step in self.steps}
         self._open_session, self._max_parallel, self._wait = open_session, max_parallel, wait_for_lease
         self._on_change = on_change
+        self._search = search if search and search.kind != "off" else None
+        self._judge: Judge | None = None
         self._session: Session | None = None
         self._stopping = threading.Event()
 
     def plan(self) -> list[StepStatus]:
         """The state of every step as storage has it: to do, done, or drifted (with the error)."""
+        if self._search:
+            self._judge = Judge(self.root, self._search, self.steps)
         with ThreadPoolExecutor(16) as pool:
             for step, found in zip(self.steps, pool.map(self._survey, self.steps), strict=True):
                 if isinstance(found, DriftError):
                     self._set(step, State.DRIFTED, error=found)
+                elif isinstance(found, str):
+                    self._set(step, State.STOPPED_EARLY, note=found)
                 elif found is not None:
                     self._set(step, State.DONE, record=found, reused=True)
+        for step in self.steps:  # what a hopeless trial was to feed is not to do either
+            lost = [s for needed in step.inputs.values() if (s := self.status[needed.id]).state in _HOPELESS]
+            if lost and self.status[step.id].state is State.TODO:
+                cause = lost[0].blocked_by or lost[0].step.id
+                self._set(step, State.BLOCKED, note=f"its input {cause} was stopped early", blocked_by=cause)
         return list(self.status.values())
 
     def run(self) -> list[StepStatus]:
@@ -179,6 +195,8 @@ class Runner:
                     self._set(step, State.DONE, record=future.result())
                 except Stopped as error:
                     self._set(step, State.STOPPED, error=error, note="run again: it goes on from there")
+                except StoppedEarly as error:
+                    self._set(step, State.STOPPED_EARLY, note=error.message)
                 except ItpnError as error:
                     self._set(step, State.FAILED, error=error)
 
@@ -199,6 +217,9 @@ class Runner:
             return self._hold_and_run(step)
         except (Stopped, LeaseHeld):
             raise  # it goes on later, or with the runner that holds it
+        except StoppedEarly as error:
+            self._register_end(step, "stopped", error.message, 0, time.monotonic() - began)
+            raise
         except Exception as error:
             failure = error if isinstance(error, ItpnError) else _defect(step, error)
             self._register_end(step, "failed", str(failure), failure.exit_code, time.monotonic() - began)
@@ -231,6 +252,8 @@ class Runner:
                     if attempt == step.retries:
                         self._write_failure(step, error)
                         raise
+                except StoppedEarly:
+                    raise
                 except Exception as error:
                     self._write_failure(step, error)
                     raise
@@ -303,6 +326,7 @@ class Runner:
         Whatever ends the waiting ends the task: no two attempts of a step are ever alive together.
         """
         assert self._session is not None
+        began = time.time()
         job = self._session.submit(
             _execute, step.fn, step.config, inputs, context, resources=step.resources, name=step.id
         )
@@ -310,6 +334,8 @@ class Runner:
             while not self._session.wait([job], timeout_s=1.0):
                 if self._stopping.is_set():
                     raise self._stopped(step)
+                if self._judge:
+                    self._judge.look(step, began)
                 with suppress(StorageUnavailable):  # not known to be lost; asked again before the record
                     lease.check()
         except BaseException:
@@ -329,7 +355,7 @@ class Runner:
     def _register_end(
         self,
         step: Step,
-        outcome: Literal["failed", "skipped"],
+        outcome: Literal["failed", "skipped", "stopped"],
         error: str,
         exit_code: int = 0,
         wall_s: float = 0.0,
@@ -369,11 +395,13 @@ class Runner:
         assert record is not None, f"{step.id} is an input that has not run"
         return record.artifact
 
-    def _survey(self, step: Step) -> Record | DriftError | None:
+    def _survey(self, step: Step) -> Record | DriftError | str | None:
+        """The step's record, what it drifted from, why it was stopped early, or None while it is to do."""
         try:
             record = records.load(self.root, step)
             if record is None:
                 records.check_plan(self.root, step)
+                return self._judge.stopped(step) if self._judge else None
         except DriftError as error:
             return error
         return record
@@ -408,6 +436,11 @@ def _defect(step: Step, error: Exception) -> StepFailed:
 
 
 def exit_code(statuses: list[StepStatus]) -> int:
-    """0 when every step is done, else the code of the first failure, else 1 (stopped on request)."""
+    """0 when every step is done or was stopped early, else the code of the first failure, else 1 (stopped on request).
+
+    A step whose input was stopped early is not to do either.
+    """
     codes = [s.error.exit_code for s in statuses if s.error and s.error.exit_code]
-    return codes[0] if codes else int(any(s.state is not State.DONE for s in statuses))
+    early = {s.step.id for s in statuses if s.state is State.STOPPED_EARLY}
+    fine = [s.state is State.DONE or s.step.id in early or s.blocked_by in early for s in statuses]
+    return codes[0] if codes else int(not all(fine))

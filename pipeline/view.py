@@ -31,6 +31,7 @@ _COLOURS = {
     State.DONE: "green",
     State.FAILED: "bold red",
     State.STOPPED: "yellow",
+    State.STOPPED_EARLY: "yellow",
     State.BLOCKED: "red",
     State.DRIFTED: "bold red",
 }

@@ -13,7 +13,7 @@ FORBIDDEN = {"cluster": {"stages", "pipeline"}, "stages": {"pipeline"}, "pipelin
 FENCED = {
     "fsspec": {"cluster/storage.py"},
     "s3fs": {"cluster/storage.py"},
-    "ray": {"cluster/jobs.py"},
+    "ray": {"cluster/jobs.py", "cluster/tune.py"},
     "deepspeed": {"stages/train/"},
 }
 NEVER = {"torchvision", "timm", "open_clip"}

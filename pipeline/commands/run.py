@@ -16,6 +16,7 @@ from pipeline import preflight, recipes, view
 from pipeline.commands.common import console_of, err, root_of
 from pipeline.registry import results_of
 from pipeline.runner import Runner, State, StepStatus, exit_code
+from pipeline.search import Search
 from pipeline.step import Step, select, topological
 from stages.config import Config, parse_assignments
 
@@ -55,10 +56,11 @@ def run_recipe(
     as_json: bool,
 ) -> None:
     """Run a recipe's steps, or with `dry_run` print them; raises typer.Exit with the run's exit code."""
+    search: Search | None = getattr(config, "search", None)
     steps = select(topological(module.build(config)), only) if only else topological(module.build(config))
     if dry_run:
         uri = storage.join(root_of(root))
-        statuses = Runner(uri, recipe, steps).plan()
+        statuses = Runner(uri, recipe, steps, search=search).plan()
         console_of(as_json).print(view.plan_table(uri, statuses))
         if as_json:
             view.print_json(
@@ -66,7 +68,7 @@ def run_recipe(
             )
         return
     # Only what the steps to do need is asked for, and of a finished run nothing: it starts neither torch nor Ray.
-    to_do = _kinds_to_do(root, recipe, steps)
+    to_do = _kinds_to_do(root, recipe, steps, search)
     if to_do:
         needed = [need for need in module.requirements(config, address) if need.kinds & to_do]
         preflight.demand([preflight.root(root), *needed])
@@ -79,6 +81,7 @@ def run_recipe(
         open_session=partial(Session, address),
         max_parallel=max_parallel,
         wait_for_lease=not no_wait,
+        search=search,
         on_change=lambda status: shown.changed(status),
     )
     shown = view.RunView(uri, list(runner.status.values()), console)
@@ -88,17 +91,18 @@ def run_recipe(
     _tell(uri, recipe, statuses, console, as_json)
 
 
-def _kinds_to_do(root: str, recipe: str, steps: list[Step]) -> set[str]:
+def _kinds_to_do(root: str, recipe: str, steps: list[Step], search: Search | None) -> set[str]:
     """The kinds of the steps that are not done; all of them where the root is missing or does not answer."""
     kinds = {step.kind for step in steps}
     if not root:
         return kinds
     try:
         storage.list_files(storage.join(root, "registry"), most=1, deadline_s=preflight.ANSWER_S)
-        statuses = Runner(storage.join(root), recipe, steps).plan()
+        statuses = Runner(storage.join(root), recipe, steps, search=search).plan()
     except (ConfigError, StorageUnavailable):
         return kinds  # the preflight tells what is wrong with it
-    return {status.step.kind for status in statuses if status.state is not State.DONE}
+    left = [s for s in statuses if s.state is not State.STOPPED_EARLY and s.state is not State.BLOCKED]
+    return {status.step.kind for status in left if status.state is not State.DONE}
 
 
 def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, as_json: bool) -> None:
@@ -110,7 +114,9 @@ def _tell(root: str, recipe: str, statuses: list[StepStatus], console: Console, 
         console.print(view.results_table(rows))
     done = [status for status in statuses if status.state is State.DONE]
     new = sum(not status.reused for status in done)
-    console.print(f"\n{len(done)} of {len(statuses)} steps done, {new} of them in this run.")
+    early = sum(status.state is State.STOPPED_EARLY for status in statuses)
+    told = f", {early} stopped early" if early else ""
+    console.print(f"\n{len(done)} of {len(statuses)} steps done, {new} of them in this run{told}.")
     for failed in (status for status in statuses if status.error):
         word = "failed" if failed.state is State.FAILED else failed.state.value
         err.print(f"\n[bold red]{failed.step.id} {word}:[/] {escape(str(failed.error))}", soft_wrap=True)

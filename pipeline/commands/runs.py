@@ -21,7 +21,9 @@ app = typer.Typer(help="How steps ended.", no_args_is_help=True)
 @guarded
 def runs_list(
     root: RootOpt = "",
-    outcome: Annotated[str | None, typer.Option(help="Only finished, failed or skipped.")] = None,
+    outcome: Annotated[
+        str | None, typer.Option(help="Only finished, failed, skipped or stopped (early).")
+    ] = None,
     run_name: Annotated[str | None, typer.Option("--run", help="Only this recipe.")] = None,
     where: WhereOpt = [],  # noqa: B006  (typer copies it)
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many, the newest.")] = None,

@@ -14,6 +14,7 @@ from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
 from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
 from pipeline.registry.retention import Retention
+from pipeline.search import Search
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
 from stages.config import Config, not_identity
@@ -43,6 +44,7 @@ class DownstreamRecipe(FromCheckpoints):
     finetune: FinetuneConfig
     grid: Grid  # of the jobs; without `checkpoint`, from each of the recipe's
     jobs: tuple[Job, ...] = ()  # further ones
+    search: Search = not_identity(Search())  # stops hopeless jobs early: --set search.kind=asha
     finetune_workers: int = not_identity(8, ge=1)  # ranks of each job
 
 

@@ -93,10 +93,10 @@ class CheckpointRow(Event):
 
 
 class RunRow(Event):
-    """How one step ended: finished, failed (why), or skipped because an input failed."""
+    """How one step ended: finished, failed (why), skipped because an input failed, or stopped as a hopeless trial."""
 
     fingerprint: str
-    outcome: Literal["finished", "failed", "skipped"]
+    outcome: Literal["finished", "failed", "skipped", "stopped"]
     error: str | None = None
     exit_code: int = 0
     host: str
