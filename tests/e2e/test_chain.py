@@ -15,6 +15,10 @@ import psutil
 import pytest
 
 from cluster import storage
+from pipeline.registry import Registry, garbage
+from pipeline.registry.compare import compare
+from pipeline.registry.lineage import find, lineage, verify
+from pipeline.registry.retention import Retention
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -65,11 +69,47 @@ def test_chain_runs_registers_and_is_recognised_as_done(tmp_path: Path) -> None:
         assert storage.sha256_bytes(storage.read_bytes(row["checkpoint"])) == row["checkpoint_sha256"]
     assert storage.exists(top1["pretrained"]["pretrain"]) and top1["scratch"]["pretrain"] is None
 
+    registry_holds_what_the_chain_did(root, top1)
+    gc_leaves_only_what_the_registry_needs(root)
     began = time.monotonic()
     second = finish(start(root))
     assert time.monotonic() - began < 20
     assert all(step["reused"] for step in second["steps"])
     assert second["results"] == first["results"]
+
+
+def registry_holds_what_the_chain_did(root: str, top1: dict[str, dict]) -> None:
+    """Differences and lineage, against the rows and records themselves."""
+    registry = Registry(root)
+    found = compare(registry, [top1["scratch"]["step"], top1["pretrained"]["step"]])
+    line = next(m for m in found["metrics"] if m["metric"] == "top1" and not m["variant"])
+    assert line["groups"][1]["delta"] == pytest.approx(top1["pretrained"]["value"] - top1["scratch"]["value"])
+    assert found["data"][0] == found["data"][1], "trained on the same data"
+    assert {d["field"] for d in found["config"]} == {"init"}, "only one of them was pre-trained"
+
+    step = find(registry, top1["pretrained"]["checkpoint_sha256"]).step
+    node = lineage(root, step)
+    assert node["checkpoint"]["uri"] == top1["pretrained"]["checkpoint"]
+    pretrained, data = node["inputs"]["init"], node["inputs"]["data"]
+    assert pretrained["checkpoint"]["uri"] == top1["pretrained"]["pretrain"]
+    assert pretrained["checkpoint"]["teacher_sha256"] and pretrained["config"]["schedule"]["steps"] == 4
+    assert pretrained["inputs"]["data"] == data and data["dataset"]["name"] == "clipart-12"
+    manifest = storage.read_bytes(data["dataset"]["manifest"])
+    assert storage.sha256_bytes(manifest) == data["dataset"]["sha256"]
+    assert data["dataset"]["fingerprint"] == top1["pretrained"]["data_fingerprint"]
+    for part in (node, pretrained, data):
+        recorded = storage.read_json(f"{root}/{part['step']}/record.json")
+        assert (part["code_version"], part["config"]) == (recorded["code_version"], recorded["config"])
+
+
+def gc_leaves_only_what_the_registry_needs(root: str) -> None:
+    """Training checkpoints of finished steps go, most of the bytes; nothing that a record names does."""
+    registry = Registry(root)
+    groups = garbage.collect(registry, lambda recipe: Retention())
+    assert {group.kind for group in groups if group.delete} == {"training state"}
+    assert not any("/checkpoints/" in item.uri for item in storage.list_files(f"{root}/pretrain"))
+    findings = verify(registry, registry.checkpoints())
+    assert len(findings) > 3 and all(finding["ok"] for finding in findings)
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

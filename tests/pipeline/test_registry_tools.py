@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -208,20 +209,23 @@ def test_root_with_brackets_is_listed_and_has_no_view(tmp_path: Path) -> None:
     assert len(itpn("results", "list", "--root", root)["results"]) == 1
 
 
-def test_view_opens_with_duckdb(root: str) -> None:
+def test_programs_of_the_documentation_run_as_they_stand(
+    root: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import deltalake
+    import duckdb
+
     from pipeline.registry import delta
 
     delta.sync(root)
-    # The two lines that docs/registry.md gives.
-    import duckdb
-    from deltalake import DeltaTable
-
-    results = DeltaTable(f"{root}/registry/delta/results").to_pyarrow_dataset()
-    found = duckdb.sql(
-        "SELECT init, max(value) FROM results WHERE metric = 'top1' GROUP BY init ORDER BY init"
-    )
-    assert found.fetchall() == [("pretrained", 3.0), ("scratch", 1.0)]
-    assert results.count_rows() == 4
+    text = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text()
+    programs = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(programs) == 2
+    for program in programs:
+        exec(program.replace('"R', f'"{root}'), {"deltalake": deltalake, "duckdb": duckdb})
+    shown = capfd.readouterr().out
+    assert "[2 rows x" in shown, "the data frame"
+    assert re.search(r"pretrained\s*│\s*3.0.*scratch\s*│\s*1.0", shown, flags=re.DOTALL), shown
 
 
 @pytest.mark.slow
