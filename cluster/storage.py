@@ -1,5 +1,8 @@
 """All access to object storage: local and shared folders (bare paths, file://) and S3-compatible stores (s3://).
 
+Any other protocol that fsspec speaks (https://, gs://, hf://, memory://, …) is read only: `exists`, `size`, the
+`read_` functions, `open_read`, `list_files`, `download_file` and `download_tree`.
+
 The rules that every function keeps:
 - An object appears whole or not at all; nothing that raises half-way publishes anything.
 - Nothing depends on rename, on folders, or on a cached listing.
@@ -13,6 +16,7 @@ S3 credentials, endpoint and region come from the standard AWS_* variables, file
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -34,6 +38,7 @@ from cluster.errors import (
     PreflightError,
     StorageUnavailable,
 )
+from cluster.foreign import ForeignObjects
 from cluster.hashing import canonical_json, sha256_bytes, sha256_file
 from cluster.local_files import TEMPORARY, LocalFiles
 from cluster.range_file import RangeFile
@@ -354,11 +359,8 @@ def _normal(uri: str) -> str:
     if uri.startswith("file:"):
         uri = unquote(urlsplit(uri).path)
     elif "://" in uri:
-        raise ConfigError(
-            f"'{uri}' is not a kind of storage that this project writes to",
-            expected="a local path, file:///… or s3://BUCKET/…",
-            remedy="most object stores speak S3: set AWS_ENDPOINT_URL to theirs and use s3://",
-        )
+        _require_protocol(uri)
+        return uri.rstrip("/")
     return os.path.abspath(uri)  # noqa: PTH100 (Path.resolve would follow links)
 
 
@@ -366,7 +368,53 @@ def _store(uri: str) -> tuple[Any, str]:
     normal = _normal(uri)
     if normal.startswith("s3://"):
         return _s3(), normal[5:]
-    return _LOCAL, normal
+    return (_foreign() if "://" in normal else _LOCAL), normal
+
+
+def _not_writable(uri: str) -> ConfigError:
+    return ConfigError(
+        f"'{uri}' is not a kind of storage that this project writes to",
+        expected="a local path, file:///… or s3://BUCKET/…",
+        remedy="most object stores speak S3: set AWS_ENDPOINT_URL to theirs and use s3://",
+    )
+
+
+def _require_protocol(uri: str) -> None:
+    """Raise ConfigError unless fsspec knows the protocol and the package that speaks it is installed."""
+    import fsspec
+
+    protocol = uri.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        raise ConfigError(
+            f"reading '{uri}' needs a package that is not installed",
+            expected=f"an fsspec file system for {protocol}://",
+            found=str(error),
+            remedy="install it, or, where the store speaks S3, set AWS_ENDPOINT_URL to it and use s3://",
+        ) from None
+    except ValueError:
+        raise _not_writable(uri) from None
+
+
+@functools.cache
+def _foreign() -> ForeignObjects:
+    import aiohttp
+    import fsspec
+    from fsspec.exceptions import FSTimeoutError
+
+    def open_filesystem(uri: str) -> tuple[Any, str]:
+        options: dict[str, Any] = {"use_listings_cache": False}
+        if uri.startswith(("http://", "https://")):
+            # aiohttp's own limit is five minutes for a whole answer, which cuts large files off.
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options["client_kwargs"] = {"timeout": limits}
+        return fsspec.url_to_fs(uri, **options)
+
+    passing = (ConnectionError, TimeoutError, FSTimeoutError)
+    return ForeignObjects(
+        open_filesystem, (*passing, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
+    )
 
 
 _LOCAL = LocalFiles()
@@ -432,7 +480,9 @@ def _call(
     where many bytes move.
     """
     store, path = _store(uri)
-    operation = getattr(store, method)
+    operation = getattr(store, method, None)
+    if operation is None:  # a store that is read only
+        raise _not_writable(uri)
     if deadline_s is None:
         deadline_s = _deadline_s() + transfer_bytes / SLOWEST_BYTES_PER_S
     action = _VERBS.get(method, method.replace("_tree", ""))

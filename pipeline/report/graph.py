@@ -35,7 +35,9 @@ def made_from(inputs: Mapping[str, Iterable[str]]) -> nx.DiGraph:
     graph = nx.DiGraph()
     graph.add_nodes_from(sorted(inputs))
     graph.add_edges_from((needed, step) for step, all_ in sorted(inputs.items()) for needed in sorted(all_))
-    with suppress(nx.NetworkXNoCycle):  # none is made by a run; records that were edited must not hide the rest
+    with suppress(
+        nx.NetworkXNoCycle
+    ):  # none is made by a run; records that were edited must not hide the rest
         while True:
             graph.remove_edge(*nx.find_cycle(graph)[-1][:2])
     return graph

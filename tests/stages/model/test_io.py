@@ -4,11 +4,13 @@ import argparse
 import json
 import pickle
 import zipfile
+from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cluster.errors import ConfigError, DataInvalid
 from cluster.hashing import sha256_file
@@ -24,10 +26,12 @@ from stages.model import (
     load,
     load_backbone_into,
     load_into,
+    load_teacher,
     save_model,
 )
 
 SMALL = {"img_size": 64, "embed_dim": 64, "depths": (1, 1, 4), "num_heads": 1}
+CLIP = Path(__file__).parents[2] / "parity" / "data" / "clip_teacher.safetensors"
 FAMILIES = ["fast_itpn", "itpn"]
 
 
@@ -285,3 +289,17 @@ def test_same_weights_under_both_name_styles_load_into_a_pretraining_model():
         torch.equal(a, b)
         for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
     )
+
+
+def test_models_and_teachers_are_read_over_any_protocol(tmp_path):
+    memory = fsspec.filesystem("memory")
+    model = Classifier(config(), 5)
+    save_model(tmp_path, model.state_dict(), model.describe())
+    memory.put(str(tmp_path) + "/", "memory://models/m/", recursive=True)
+    again = load("memory://models/m", sha256=sha256_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again.head.weight, model.head.weight) and again.config.num_heads == 1
+    state = {name[6:]: value for name, value in load_file(CLIP).items() if name.startswith("state.")}
+    save_file(state, tmp_path / "clip.safetensors")
+    memory.put(str(tmp_path / "clip.safetensors"), "memory://models/clip.safetensors")
+    assert load_teacher(TeacherConfig(uri="memory://models/clip.safetensors", heads=4)).dim == 24
+    memory.rm("memory://models", recursive=True)

@@ -238,6 +238,7 @@ def test_hub_names_are_fetched_and_failures_say_what_to_do(tmp_path, openai_stat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: str(tmp_path))
     assert load_teacher(TeacherConfig(uri="some-org/clip-tiny")).dim == 24
     assert room.hub_name("hf://some-org/clip") == "some-org/clip"
+    assert room.hub_name("hf://some-org/clip/sub/model.safetensors") is None  # a file: read as any URI
     assert room.hub_name("s3://bucket/clip") is None and room.hub_name("weights/clip.pt") is None
 
     def unreachable(name, **_):
