@@ -132,11 +132,7 @@ def evaluate(
     config = module.Recipe()
     size = given.backbone.img_size
     view = {"size": size, "crop_pct": 1.0 if size >= WHOLE_IMAGE_FROM else config.evaluate.data.view.crop_pct}
-    trained = given.record.config if given.record else {}
-    same = {key: trained[key] for key in ("mean", "std") if key in trained}  # normalised as in its training
-    values = config.evaluate.model_dump() | same
-    if given.kind != "classifier":
-        values["evaluators"] = [{"kind": "knn"}, {"kind": "linear"}]
+    values = config.evaluate.model_dump()
     values["data"]["view"] |= view
     config = config.model_copy(update={"evaluate": type(config.evaluate).parse(values)})
     config = about(config, root_of(root), given, data).with_set(parse_assignments(set_))

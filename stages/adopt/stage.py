@@ -27,8 +27,11 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
         DataInvalid: the file is missing, another one than pinned, or not weights of a model that we know.
     """
     from stages.adopt.outside import Outside
-    from stages.model import load, save_model
+    from stages.model import load_into, save_model
     from stages.model.export import describe
+    from stages.model.files import local_copy
+    from stages.model.infer import infer_config, some
+    from stages.model.io import build, read_described
 
     if not config.uri or not config.sha256:
         raise ConfigError(
@@ -37,15 +40,20 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
             found=f"uri {config.uri or 'none'}, sha256 {config.sha256 or 'none'}",
             remedy="itpn finetune and itpn evaluate find out the sha256; or give what `sha256sum FILE` prints",
         )
-    model = load(config.uri, sha256=config.sha256, ema=config.ema)
+    with local_copy(config.uri, sha256=config.sha256) as path:
+        state, own = read_described(config.uri, path, ema=config.ema)
+    model = build(own or infer_config(state))
+    report = load_into(model, state, allow_missing=())
     description = describe(model)
     with tempfile.TemporaryDirectory(prefix="itpn-adopt-") as folder:
         save_model(folder, model.state_dict(), description)
         files = _upload(Path(folder), context)
     known = config.known or Outside(config.uri, config.sha256, 0, description).reference()
     size = sum(value.numel() for value in model.state_dict().values()) / 1e6
-    note = f"{description['kind']} of {size:.1f} M values from {config.uri}, sha256 {config.sha256}"
-    return Outcome(artifact=_at(known, files, context), files=files, notes=[note])
+    notes = [f"{description['kind']} of {size:.1f} M values from {config.uri}, sha256 {config.sha256}"]
+    if report.dropped:  # of pre-training, say, without the rest of it
+        notes.append(f"left out, since a {description['kind']} has no place for it: {some(report.dropped)}")
+    return Outcome(artifact=_at(known, files, context), files=files, notes=notes)
 
 
 def run_last(config: LastConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:

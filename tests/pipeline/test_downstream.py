@@ -84,7 +84,7 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "data set: not given" in told and "IMAGENET=URI or DATA=URI" in told
     assert "8 GPUs are needed" in refused("finetune", uri, "--root", root, "--data", str(tmp_path))
     shared = settings("gpus_per_worker=0.5", "finetune_workers=2")
-    assert "0.5 GPU" in refused("finetune", uri, "--root", root, "--data", str(tmp_path), *shared)
+    assert "cannot share a GPU" in refused("finetune", uri, "--root", root, "--data", str(tmp_path), *shared)
 
 
 def test_recipe_without_a_pinned_checkpoint_says_how_to_pin_it(tmp_path: Path) -> None:
@@ -119,7 +119,8 @@ def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None
     tuned = [s["step"] for s in first["steps"] if s["step"].startswith("finetune")]
     assert len(tuned) == 2 and {r["metric"] for r in first["results"]} >= {"top1", "loss"}
     record = storage.read_json(storage.join(root, tuned[1], "record.json"))
-    assert record["notes"][0] == "resized to 96 px: pos_embed" and record["artifact"]["init"] == "pretrained"
+    assert record["notes"][0] == "resized to 96 px: backbone.pos_embed"
+    assert record["artifact"]["init"] == "pretrained"
     moved = Path(uri).rename(tmp_path / "moved.pth")
     again = itpn("finetune", str(moved), "--root", root, "--data", str(images), *flags)
     assert all(step["reused"] for step in again["steps"]), (

@@ -14,7 +14,7 @@ from stages.adopt.outside import examine, weights_file
 from stages.adopt.stage import run, run_last
 from stages.artifacts import CheckpointRef
 from stages.context import StageContext
-from stages.model import BackboneConfig, Classifier, load, save_model
+from stages.model import BackboneConfig, Classifier, build_backbone, load, save_model
 
 # A published width: the heads of others cannot be read off a file without config.
 SMALL = BackboneConfig(img_size=64, embed_dim=384, depths=(1, 1, 2), num_heads=6)
@@ -92,3 +92,14 @@ def test_a_folder_or_a_file_names_weights(tmp_path: Path) -> None:
     reference(tmp_path / "model")
     assert weights_file(str(tmp_path / "model")) == str(tmp_path / "model/model.safetensors")
     assert weights_file(str(tmp_path / "absent.pth")) is None and weights_file(str(tmp_path)) is None
+
+
+def test_parts_without_a_place_are_left_out_and_named(tmp_path: Path) -> None:
+    state = build_backbone(SMALL).state_dict()
+    path = tmp_path / "backbone.pth"
+    torch.save({"module": state | {"mask_token": torch.zeros(1, 1, 256)}}, path)
+    config = AdoptConfig(uri=str(path), sha256=storage.sha256_file(path))
+    outcome = run(config, {}, StageContext(out=str(tmp_path / "out")))
+    assert outcome.notes[1] == "left out, since a backbone has no place for it: mask_token"
+    found = load(outcome.artifact.uri).state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[n], v) for n, v in state.items())

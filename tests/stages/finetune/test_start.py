@@ -116,3 +116,18 @@ def test_another_file_than_the_pinned_one_is_refused(tmp_path: Path) -> None:
     uri, _ = save(tmp_path, classifier(["a"]))
     with pytest.raises(DataInvalid, match="not the file that was pinned"):
         start_from(classifier(["a"]), uri, "0" * 64, ["a"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fast_tokens_start_from_a_dense_checkpoint(tmp_path: Path, family: str) -> None:
+    dense = MaskedFeatureModel(backbone(64, family), ObjectiveConfig(fpn_dim=32), 24)
+    uri, sha256 = save(tmp_path, dense)
+    fast = BackboneConfig(
+        family=family, img_size=64, migration={"keep": 0.5, "after_block": 1},
+        gathering={"window": 2, "tokens": 3}, **SMALL,
+    )  # fmt: skip
+    module = Classifier(fast, 2).train()
+    assert start_from(module, uri, sha256, ["a", "b"]) == []
+    assert torch.equal(module.blocks[0].mlp.fc1.weight, dense.backbone.blocks[0].mlp.fc1.weight)
+    module(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert module.gather_embed.grad is not None and module.gather_embed.grad.abs().sum() > 0
