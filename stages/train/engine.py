@@ -107,6 +107,8 @@ class Engine:
                 found=0,
                 remedy="set engine.zero_stage=1",
             )
+        if config.compile:
+            _demand_compiler(world)
         frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
         names = {id(p): n for n, p in module.named_parameters()}
         module.to(world.device)
@@ -343,6 +345,30 @@ def _deepspeed_config(config: EngineConfig, world: World, micro: int, accumulati
         # Pieces of a step add up in fp32: 8 bits of mantissa lose small gradients.
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
+
+
+def _demand_compiler(world: World) -> None:
+    """Raise ConfigError where torch.compile has nothing to make kernels with; it would fail in the first step."""
+    if world.device == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+            return
+        except RuntimeError as error:  # InvalidCxxCompiler
+            found = str(error).splitlines()[0]
+    else:
+        from torch.utils._triton import has_triton
+
+        if has_triton():
+            return
+        found = "no triton for this GPU"
+    raise ConfigError(
+        "engine.compile has no compiler to work with",
+        expected="a C++ compiler (CXX) on a CPU, triton on a GPU",
+        found=found,
+        remedy="install it, or set engine.compile=false",
+    )
 
 
 def _deepspeed(world: World) -> Any:
