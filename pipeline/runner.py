@@ -41,6 +41,7 @@ from pipeline.registry.deletions import Deletions
 from pipeline.search import Judge, Search, StoppedEarly
 from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
+from stages.adopt.config import AdoptConfig
 from stages.artifacts import Artifact, CheckpointRef, Outcome
 from stages.context import StageContext
 
@@ -264,11 +265,12 @@ class Runner:
 
         Raises Deleted when their files are gone: a finished step is never done again by itself.
         """
-        deletions = Deletions(Registry(self.root))
-        for needed in step.inputs.values():
-            artifact = self._artifact(needed)
-            if isinstance(artifact, CheckpointRef):
-                deletions.claim(artifact.uri, f"{step.id} needs it")
+        artifacts = [self._artifact(needed) for needed in step.inputs.values()]
+        weights = [artifact.uri for artifact in artifacts if isinstance(artifact, CheckpointRef)]
+        if isinstance(step.config, AdoptConfig) and step.config.uri:
+            weights.append(storage.join(step.config.uri))  # may be a checkpoint of this very root
+        for uri in weights:
+            Deletions(Registry(self.root)).claim(uri, f"{step.id} needs it")
 
     def _attempt(self, step: Step, lease: Lease) -> Record:
         attempt = uuid.uuid4().hex[:12]

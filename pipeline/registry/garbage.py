@@ -199,17 +199,24 @@ def _inputs(folder: StepFolder) -> list[str]:
 
 
 def _needed_by(folder: StepFolder, finished: dict[str, StepFolder]) -> list[str]:
-    """The steps that an unfinished one takes as inputs; its plan names them by fingerprint."""
+    """The steps that an unfinished one reads; its plan names inputs by fingerprint, adopted weights by sha256."""
     if folder.plan is None:
         return []
     try:
         wanted = set(folder.plan["identity"]["inputs"].values())
+        adopted = folder.plan["identity"].get("config", {}).get("sha256")
     except (KeyError, TypeError, AttributeError):
         raise DataInvalid(
             f"the plan {folder.uri}/plan.json cannot be read, so nobody knows what the step needs",
             remedy="restore it, or delete the folder of that unfinished step",
         ) from None
-    return [id_ for id_, other in finished.items() if other.record and other.record.fingerprint in wanted]
+    needed = []
+    for id_, other in finished.items():
+        assert other.record is not None
+        same = adopted is not None and other.checkpoint is not None and other.checkpoint.sha256 == adopted
+        if same or other.record.fingerprint in wanted:
+            needed.append(id_)
+    return needed
 
 
 def _lease(folder: StepFolder) -> str:

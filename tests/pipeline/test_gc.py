@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cluster import storage
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, DataInvalid
 from cluster.lease import Lease
 from pipeline.cli import app
 from pipeline.commands.gc import policies_of
@@ -25,6 +25,7 @@ from pipeline.registry.lineage import find
 from pipeline.registry.retention import KeepRule, Retention
 from pipeline.runner import Runner, State
 from pipeline.step import Step
+from stages.adopt.config import AdoptConfig
 from tests.pipeline import toys
 
 ALL = Retention(rules=(KeepRule(task="pretrain", last=0), KeepRule(task="classify", last=0)))
@@ -151,6 +152,32 @@ def test_an_unfinished_step_keeps_what_it_needs(tmp_path: Path) -> None:
     assert "finetune/a/v1 is unfinished and needs it" in [group.why for group in groups]
     run(root, [tuned(parent, "a")])
     assert gone(collect(root)) == {"finetune/a/v1", "pretrain/p/v1"}
+
+
+def test_weights_that_a_step_adopts_by_their_path_stay_while_it_is_unfinished(tmp_path: Path) -> None:
+    root, (made,) = str(tmp_path), versions("v1")
+    run(root, [made])
+    row = find(Registry(root), made.id)
+    config = AdoptConfig(uri=row.checkpoint.uri, sha256=row.checkpoint.sha256)
+    adopted = Step(kind="import", name="a", fn=adopt_nothing, config=config)
+    states = Runner(root, "toy", [adopted], open_session=toys.ThreadSession).run()
+    assert states[0].state is State.FAILED
+    groups = collect(root)
+    assert gone(groups) == set() and "import/a/v1 is unfinished and needs it" in [g.why for g in groups]
+
+    deletions = Deletions(Registry(root))
+    mark = deletions.mark(row.run, row.step, row.checkpoint, "as if gc had looked before the plan was there")
+    Runner(root, "toy", [adopted], open_session=toys.ThreadSession).run()
+    assert mark and deletions.commit(mark) is None, "the runner objected"
+    storage.delete_tree(f"{root}/import")
+    assert gone(collect(root)) == {made.id}
+    states = Runner(root, "toy", [adopted], open_session=toys.ThreadSession).run()
+    assert isinstance(states[0].error, Deleted)
+
+
+def adopt_nothing(config: AdoptConfig, inputs: dict, context: object) -> None:
+    """Fails, so that its plan stays without a record."""
+    raise DataInvalid("stopped before it read anything")
 
 
 def test_the_registry_tells_what_was_deleted_and_does_not_call_it_damage(tmp_path: Path) -> None:
