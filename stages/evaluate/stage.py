@@ -207,13 +207,19 @@ def _of_features(bench: Workbench) -> Iterator[Found]:
 
 
 def _write_tables(found: list[Found], spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """A JSON file for every evaluator that has a table: `classification.json`, `classification-both-384px.json`."""
-    files = []
+    """A JSON file for every evaluator that has a table: `classification.json`, `classification-both-384px.json`.
+
+    Of several that would have one name, the later ones are numbered.
+    """
+    files: list[dict[str, Any]] = []
+    names: list[str] = []
     for item in found:
         if item.table is None:
             continue
         name = "-".join([item.evaluator["kind"], *item.variant.split()])
-        uri = storage.join(spec["files"], f"{name}.json")
+        names.append(name)
+        number = f"-{names.count(name)}" if names.count(name) > 1 else ""
+        uri = storage.join(spec["files"], f"{name}{number}.json")
         content = {"evaluator": item.evaluator, **item.table}
         sha256 = storage.write_json_exclusive(uri, content)
         size = len(storage.canonical_json(content))

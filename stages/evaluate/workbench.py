@@ -152,5 +152,5 @@ def _key(kind: str, setting: Setting, split: str) -> bytes:
 
 def own_facts(evaluator: Evaluator) -> dict[str, Any]:
     """The fields of an evaluator that decide its values, less those that a setting resolves."""
-    resolved = {"acceleration", "image_size", "crop_pct", "confused_pairs", "sha256", "max_iterations"}
+    resolved = {"acceleration", "image_size", "crop_pct", "confused_pairs", "sha256"}
     return {name: value for name, value in evaluator.identity().items() if name not in resolved}

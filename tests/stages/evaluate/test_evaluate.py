@@ -188,6 +188,24 @@ def test_broken_weights_score_nothing_and_are_told(dataset, tmp_path):
     assert {item["predicted"] for item in written["confused"]} == {"(not finite)"}
 
 
+def test_equal_evaluators_are_one_and_others_have_files_of_their_own(dataset, classifier, tmp_path):
+    asked = (
+        {"kind": "classification"},
+        {"kind": "classification", "acceleration": "off"},
+        {"kind": "classification", "ece_bins": 30},
+    )
+    outcome = run(
+        models.config(*asked),
+        {"data": dataset, "checkpoint": classifier},
+        StageContext(out=str(tmp_path), attempt="a"),
+    )
+    assert [m.evaluator["ece_bins"] for m in outcome.artifact.measurements if m.metric == "ece"] == [15, 30]
+    files = {Path(info.path).name: json.loads((tmp_path / info.path).read_text()) for info in outcome.files}
+    assert {name: len(table["calibration"]) for name, table in files.items()} == {
+        "classification.json": 15, "classification-2.json": 30,
+    }  # fmt: skip
+
+
 def test_classifier_of_other_classes_is_refused(dataset, config, tmp_path):
     wrong = models.save_classifier(tmp_path, dataset, 5)
     with pytest.raises(ConfigError, match="different classes") as error:
