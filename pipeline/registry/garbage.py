@@ -114,7 +114,8 @@ def plan(registry: Registry, policies: Policies, now: float | None = None) -> li
             groups += inventory.output(folder, not keep, why)
         groups += inventory.training_state(folder, policies(recipe))
         grace_s = policies(recipe).grace_hours * 3600
-        groups += inventory.orphans(folder, grace_s, now, holder_of(_lease(folder)))
+        holder = None if folder.record else holder_of(_lease(folder))
+        groups += inventory.orphans(folder, grace_s, now, holder)
     return groups + _uploads(registry, found, policies, now) + _pins(found)
 
 

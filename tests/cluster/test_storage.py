@@ -14,6 +14,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import AlreadyExists, ConfigError, DataInvalid, NotFound, StorageUnavailable
+from tests.uploads import begin_upload
 
 
 def test_join_makes_one_form_of_a_uri(tmp_path, monkeypatch):
@@ -307,3 +308,17 @@ def test_a_file_system_without_hard_links_is_refused_clearly(tmp_path, monkeypat
     with pytest.raises(StorageUnavailable, match="no hard links"):
         storage.write_exclusive(str(tmp_path / "x"), b"")
     assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_unfinished_uploads_are_listed_below_their_prefix_only_and_dropped_one_by_one(any_root):
+    other = any_root + "-other"
+    for place in (storage.join(any_root, "a"), storage.join(any_root, "b"), other):
+        begin_upload(place, "model.safetensors")
+    storage.write_exclusive(storage.join(any_root, "a/whole"), b"whole")
+    uploads = storage.list_uploads(any_root)
+    assert [upload.bytes for upload in uploads] == [5 << 20, 5 << 20]
+    assert [upload.uri.removeprefix(any_root)[:3] for upload in uploads] == ["/a/", "/b/"]
+    storage.abort_upload(uploads[0])
+    storage.abort_upload(uploads[0])
+    assert storage.list_uploads(any_root) == uploads[1:] and len(storage.list_uploads(other)) == 1
+    assert [item.uri for item in storage.list_files(any_root)] == [storage.join(any_root, "a/whole")]

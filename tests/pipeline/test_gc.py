@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from pipeline.runner import Runner, State
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
 from tests.pipeline import toys
+from tests.uploads import begin_upload
 
 ALL = Retention(rules=(KeepRule(task="pretrain", last=0), KeepRule(task="classify", last=0)))
 LATER_S = 3 * 86400.0
@@ -320,23 +320,6 @@ def test_unfinished_uploads_are_dropped_after_the_grace(real_root: str) -> None:
     assert [group.bytes for group in groups if group.kind == "upload" and group.delete] == [5 << 20]
     assert storage.list_uploads(real_root) == []
     assert storage.exists(find(Registry(real_root), "pretrain/p/v1").checkpoint.uri)
-
-
-def begin_upload(root: str, path: str) -> None:
-    """What a process leaves behind that is killed while it uploads."""
-    if not root.startswith("s3://"):
-        file = Path(root, path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        (file.parent / ".tmp-killed").write_bytes(bytes(5 << 20))
-        return
-    import boto3
-
-    keys = {f"aws_{n}": os.environ[f"AWS_{n.upper()}"] for n in ("access_key_id", "secret_access_key")}
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
-    bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    key = f"{prefix}/{path}"
-    upload = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-    client.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=1, Body=bytes(5 << 20))
 
 
 def test_gc_while_steps_are_written_and_promoted_deletes_nothing_in_use(real_root: str) -> None:
