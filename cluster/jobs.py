@@ -334,6 +334,8 @@ def _watch(stop_key: str | None, ended: threading.Event) -> None:
     import ray
     from ray.experimental.internal_kv import _internal_kv_exists
 
+    if not ray.is_initialized():  # a plain process that used the executor for one worker
+        return
     node = ray.get_runtime_context().get_node_id()
     while not ended.wait(_WATCH_S):
         try:

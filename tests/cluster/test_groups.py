@@ -84,8 +84,6 @@ def test_sigterm_to_the_task_of_a_step_lets_the_ranks_save_first(session: Sessio
     with pytest.raises(Stopped, match="stopped after step"):
         job.result()
     assert int((tmp_path / "saved").read_text()) >= 10
-    again = session.submit(two, spec | {"steps": 0}, resources=Resources(workers=2), name="two").result()
-    assert again["first"] == int((tmp_path / "saved").read_text())
 
 
 @pytest.mark.slow
