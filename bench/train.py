@@ -297,7 +297,7 @@ def main() -> None:
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     gpu, steps = torch.cuda.is_available(), 18 if arguments.quick else 60
     # The default interval, one epoch: of clipart-12 at a batch of 64, of ImageNet-1K at 2048.
-    subject = Subject(True, 64, IMAGES // 2048) if gpu else Subject(False, 32, 27)
+    subject = Subject(True, 32, IMAGES // 2048) if gpu else Subject(False, 32, 27)
     name = "fast_itpn_large at 256" if gpu else "fast_itpn_micro"
     print(f"loop against bare loop: {name}, batch {subject.batch}, {steps} steps, {arguments.clock} clock")
     with tempfile.TemporaryDirectory() as out:

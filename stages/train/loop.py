@@ -29,7 +29,7 @@ from stages.train.config import LoopConfig
 from stages.train.engine import Engine
 from stages.train.guards import Guard
 from stages.train.launch import source_digest
-from stages.train.metrics import Clock, Smoothed, Speed
+from stages.train.metrics import Clock, Smoothed, Speed, require_tensorboard
 from stages.train.mfu import peak_flops
 from stages.train.optim import parameter_groups
 from stages.train.schedule import Schedule, make_schedule
@@ -93,6 +93,8 @@ class Trainer:
                 found=f"{world.world_size} ranks",
                 remedy="change the number of ranks; the batch is part of the run's identity",
             )
+        if config.watch.tensorboard:  # only rank 0 needs it, but all must stop for the want of it
+            require_tensorboard()
         self.schedule: Schedule = make_schedule(config.schedule, config.optimiser.lr, self.steps_per_epoch)
         self.guard, self.smoothed = Guard(config.guard), Smoothed()
         with ExitStack() as stack:

@@ -6,6 +6,7 @@ segments at every checkpoint and stored with it, so that after a resume the hist
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import resource
@@ -54,6 +55,15 @@ class MetricsWriter:
         self._file = open(self._path, "w", buffering=1)  # noqa: SIM115 (closed by cut and close)
 
 
+def require_tensorboard() -> None:
+    """Raise ConfigError where the extra is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "watch.tensorboard is on, but tensorboard is not installed",
+            remedy="pip install 'itpn-pipeline[tensorboard]', or set watch.tensorboard=false",
+        )
+
+
 class TensorBoardWriter:
     """Scalars and pictures for TensorBoard (extra `tensorboard`), in event files that are handed over like the lines.
 
@@ -62,13 +72,8 @@ class TensorBoardWriter:
     """
 
     def __init__(self, local_dir: str | None, *, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "watch.tensorboard is on, but tensorboard is not installed",
-                remedy="pip install 'itpn-pipeline[tensorboard]', or set watch.tensorboard=false",
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._make = SummaryWriter
         self._folder = Path(tempfile.mkdtemp(prefix="itpn-tensorboard-", dir=local_dir))
         self._number = 0

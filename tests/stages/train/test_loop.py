@@ -46,7 +46,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "diverges": {"nan_at": [5, 6, 7, 8], "loop": loop(schedule={"steps": 12}, guard=guard)},
         "recovers": {"nan_at": [5, 6], "loop": loop(guard=guard)},
         "spike": {"spike_at": [6], "loop": loop(guard={"spike_factor": 3, "spike_window": 5})},
-        "terminated": {"terminate_at": 5, "loop": loop()},
+        "terminated": {"terminate_at": 5, "loop": loop(watch={"tensorboard": True})},
         "disk full": {"disk_full_at": 5, "loop": loop()},
         "other data": {"data": ["one", "another"], "loop": loop()},
         "odd batch": {"loop": loop(global_batch=7)},
@@ -169,6 +169,14 @@ def test_sigterm_saves_and_the_next_try_ends_as_if_nothing_had_happened(ran):
     assert "after step 6 of 8" in results["terminated"][0]["message"]
     assert results["resumed"][0]["losses"] == results["undisturbed"][0]["losses"]
     assert _hashes(root / "terminated", 8) == _hashes(root / "undisturbed", 8)
+
+
+def test_event_files_of_a_run_that_was_stopped_and_resumed_hold_each_step_once(ran):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curve = EventAccumulator(str(ran[0] / "terminated" / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in curve] == list(range(1, 9))
+    assert [event.value for event in curve] == pytest.approx(ran[1]["resumed"][0]["losses"])
 
 
 def test_ranks_that_disagree_on_the_data_say_so(ran):

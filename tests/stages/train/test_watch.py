@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
 from pathlib import Path
@@ -13,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cluster import storage
 from cluster.distributed import World
-from cluster.errors import StorageUnavailable
+from cluster.errors import ConfigError, StorageUnavailable
 from stages.train import watch as room
 from stages.train.config import EngineConfig, LoopConfig
-from stages.train.metrics import Smoothed, Speed
+from stages.train.metrics import Smoothed, Speed, require_tensorboard
 from stages.train.mfu import known_peak_tflops, peak_flops
 from stages.train.watch import Watch
 
@@ -95,6 +96,12 @@ def test_progress_holds_losses_speed_mfu_events_and_where_things_lie(
     values, tags = gauges[-1]
     assert tags == {"run": "pretrain/toy/v1"} and values["train_step"] == 6
     assert values["train_mfu"] == pytest.approx(0.02) and values["train_loss_head"] == 0.25
+
+
+def test_missing_tensorboard_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"itpn-pipeline\[tensorboard\]"):
+        require_tensorboard()
 
 
 def test_picture_that_cannot_be_stored_does_not_stop_the_run(
