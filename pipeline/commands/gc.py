@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -85,10 +85,7 @@ def policies_of(file: Path | None) -> Callable[[str], Retention]:
     def policy(recipe: str) -> Retention:
         if recipe in told or "*" in told:
             return told.get(recipe) or told["*"]
-        if recipe in recipes.names():
-            own: Any = getattr(recipes.load(recipe).Recipe(), "retention", None)
-            return own or Retention()
-        return Retention()
+        return recipes.retention(recipe)
 
     return policy
 

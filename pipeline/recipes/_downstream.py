@@ -13,7 +13,6 @@ from pipeline.recipes._chain import Machines, adopt_step, fan_out, shard_step
 from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
 from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
-from pipeline.registry.retention import Retention
 from pipeline.search import Search
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
@@ -35,7 +34,6 @@ class FromCheckpoints(Config):
     gpus_per_worker: float = not_identity(1.0, ge=0)  # below 1, jobs of one worker share a GPU
     cpus_per_worker: float = not_identity(8.0, gt=0)
     shard_workers: int = not_identity(16, ge=1)
-    retention: Retention = not_identity(Retention())  # of `itpn checkpoints gc`
 
 
 class DownstreamRecipe(FromCheckpoints):

@@ -9,7 +9,6 @@ from pipeline import preflight
 from pipeline.recipes._chain import Machines, at_size, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
-from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from stages.config import Config, not_identity
 from stages.data.config import EvalDataConfig
@@ -61,7 +60,6 @@ class ImageNetRecipe(Config):
     finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
     cpus_per_gpu: float = not_identity(8.0, gt=0)
     shard_workers: int = not_identity(16, ge=1)
-    retention: Retention = not_identity(Retention())  # of `itpn checkpoints gc`
 
 
 def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:

@@ -16,7 +16,6 @@ from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import SCRATCH, Machines, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, expand
-from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from pipeline.version import REPOSITORY
 from stages.config import Config, not_identity
@@ -72,7 +71,6 @@ class Recipe(Config):
     probe: EvaluateConfig = EvaluateConfig(data=VIEW, evaluators=(Knn(), Linear()))
     seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     pretrain_workers: int = not_identity(2, ge=1)
-    retention: Retention = not_identity(Retention())
 
 
 def build(config: Recipe) -> list[Step]:

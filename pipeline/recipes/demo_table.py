@@ -16,7 +16,6 @@ from pipeline import preflight
 from pipeline.recipes import demo
 from pipeline.recipes._chain import SCRATCH, Machines, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, Job, expand
-from pipeline.registry.retention import Retention
 from pipeline.step import Step
 from stages.config import Config, not_identity
 from stages.evaluate.config import Classification, EvaluateConfig
@@ -41,7 +40,6 @@ class Recipe(Config):
     )
     jobs: tuple[Job, ...] = ()
     pretrain_workers: int = not_identity(2, ge=1)
-    retention: Retention = not_identity(Retention())
 
 
 def four_windows(backbone: BackboneConfig) -> BackboneConfig:

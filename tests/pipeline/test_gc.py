@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
 from cluster.lease import Lease
+from pipeline import recipes
 from pipeline.cli import app
 from pipeline.commands.gc import policies_of
 from pipeline.registry import Registry, garbage
@@ -107,6 +108,14 @@ def test_policy_that_cannot_be_read_is_refused(tmp_path: Path, content: str) -> 
     (tmp_path / "policy.json").write_text(content)
     with pytest.raises(ConfigError):
         policies_of(tmp_path / "policy.json")
+
+
+def test_every_recipe_has_a_policy_its_own_or_the_safe_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policies_of(None)
+    for name in [*recipes.names(), "no recipe any more", ""]:
+        assert policy(name) == Retention(), "nothing that is finished goes by default"
+    monkeypatch.setattr(recipes.load("demo"), "RETENTION", ALL, raising=False)
+    assert policy("demo") == ALL
 
 
 def test_best_and_recent_ones_stay(tmp_path: Path) -> None:
