@@ -1,10 +1,14 @@
 """A bounded folder of shard copies that the processes of one node share.
 
 A copy is named by its content's sha256, so equal shards of several data sets are kept once. It is
-downloaded to a temporary name, verified and renamed; the stamp beside it (`.ok`) remembers the size and
-modification time that were verified, and a copy that no longer matches its stamp is hashed again, and
-fetched again when it differs. Readers open a copy for one batch only: an unlinked copy stays readable to
-those who have it open (POSIX), so eviction needs no bookkeeping of readers.
+downloaded into a folder of its own (`<sha256>.<bytes>.part`), verified and renamed. That folder reserves the
+bytes from the moment on when room for them was made, for as long as its maker lives; a dead one's is swept
+by whoever makes room next. So copies and downloads together never exceed the bound.
+
+The stamp beside a copy (`.ok`) remembers the size and modification time that were verified, and a copy that
+no longer matches its stamp is hashed again, and fetched again when it differs. Readers open a copy for one
+batch only: an unlinked copy stays readable to those who have it open (POSIX), so eviction needs no
+bookkeeping of readers.
 """
 
 from __future__ import annotations
@@ -13,14 +17,17 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
+from cluster.local_files import TEMPORARY
 
-_STALE_S = 3600.0
+_STALE_S = 3600.0  # age of temporary files that nobody claims
+_POLL_S = 0.02  # while the downloads of others fill the cache
 _TRIES = 3  # downloads of a shard that arrives with a wrong size or hash
 
 
@@ -58,8 +65,11 @@ class ShardCache:
                 intact = copy.stat().st_size == size and storage.sha256_file(copy) == sha256
             if not intact:
                 copy.unlink(missing_ok=True)
-                self._make_room(size)
-                self._download(uri, copy, size, sha256)
+                with self._reserved(sha256, size) as folder:
+                    self._download(uri, folder / "copy", size, sha256)
+                    with self._lock("eviction"):  # so that the bytes are not counted twice
+                        (folder / "copy").replace(copy)
+                        folder.rmdir()
             with contextlib.suppress(FileNotFoundError):
                 self._write_stamp(copy, stamp)
         return copy
@@ -91,28 +101,54 @@ class ShardCache:
         temporary.write_text(json.dumps([status.st_size, status.st_mtime_ns]))
         temporary.replace(stamp)
 
-    def _make_room(self, incoming: int) -> None:
+    @contextlib.contextmanager
+    def _reserved(self, sha256: str, size: int) -> Iterator[Path]:
+        """A folder to download to, once there is room for `size` bytes. The caller holds the lock of `sha256`."""
+        folder = self.folder / f"{sha256}.{size}.part"
+        while not self._make_room(folder, size):
+            time.sleep(_POLL_S)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_room(self, folder: Path, incoming: int) -> bool:
+        """Evict until `incoming` bytes fit, and reserve them; False when others' downloads leave no room."""
         with self._lock("eviction"):
+            for leftover in self.folder.glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(OSError):
+                    if time.time() - leftover.stat().st_mtime > _STALE_S:
+                        leftover.unlink()
+            reserved = sum(self._downloading(part) for part in self.folder.glob("*.part") if part != folder)
+            if reserved + incoming > self.max_bytes:
+                return False
+            shutil.rmtree(folder, ignore_errors=True)  # of a dead process that fetched the same shard
             copies = []
             for copy in self.folder.glob("*.tar"):
                 with contextlib.suppress(OSError):  # gone since
                     stamp = copy.with_suffix(".ok")
                     used = stamp.stat() if stamp.exists() else copy.stat()
                     copies.append((used.st_mtime_ns, copy.stat().st_size, copy))
-            # Downloads of other processes count too; those of dead ones are swept after an hour.
-            for partial in self.folder.glob(".*.tar.*"):
-                with contextlib.suppress(OSError):
-                    if time.time() - partial.stat().st_mtime > _STALE_S:
-                        partial.unlink()
-                    else:
-                        incoming += partial.stat().st_size
-            total = sum(size for _, size, _ in copies) + incoming
+            total = sum(size for _, size, _ in copies) + reserved + incoming
             for _, size, copy in sorted(copies):
                 if total <= self.max_bytes:
                     break
                 copy.unlink(missing_ok=True)
                 copy.with_suffix(".ok").unlink(missing_ok=True)
                 total -= size
+            folder.mkdir()
+            return True
+
+    def _downloading(self, part: Path) -> int:
+        """Bytes that a download reserves; 0 for a dead one's, which is removed."""
+        sha256, size, _ = part.name.split(".")
+        with (self.folder / f"{sha256}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(size)  # its maker holds the lock until it is done
+            shutil.rmtree(part, ignore_errors=True)
+            return 0
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:

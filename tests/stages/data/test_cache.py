@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
+from cluster.local_files import TEMPORARY
 from stages.data.cache import ShardCache
 
 
@@ -86,13 +90,60 @@ def test_a_shard_larger_than_the_cache_is_named(store: Path, tmp_path: Path) -> 
         ShardCache(tmp_path / "cache", 500).ensure(**make_shard(store, 1))
 
 
-def test_leftovers_of_dead_downloads_are_swept(store: Path, tmp_path: Path) -> None:
+def _die_while_downloading(folder: str, shard: dict) -> None:
+    def die(uri: str, local: Path, **facts: object) -> None:
+        Path(local).with_name(f"{TEMPORARY}half").write_bytes(b"x" * 500)
+        os._exit(9)
+
+    storage.download_file = die
+    ShardCache(folder, 1500).ensure(**shard)
+
+
+def test_what_a_killed_download_left_takes_no_room(store: Path, tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path / "cache", 1500)
+    killed = multiprocessing.get_context("fork").Process(
+        target=_die_while_downloading, args=(str(cache.folder), make_shard(store, 1))
+    )
+    killed.start()
+    killed.join()
+    [left] = cache.folder.glob(f"*.part/{TEMPORARY}*")
+    cache.ensure(**make_shard(store, 2))  # would not fit beside what is left, nor beside its reservation
+    assert not left.exists() and not list(cache.folder.glob("*.part"))
+    cache.ensure(**make_shard(store, 1))
+    assert total(cache) == 1000
+
+
+def test_temporary_files_that_nobody_claims_are_swept_when_old(store: Path, tmp_path: Path) -> None:
     cache = ShardCache(tmp_path / "cache", 10_000)
-    stale = cache.folder / ".abc.tar.123"
+    stale, fresh = (cache.folder / f"{TEMPORARY}{name}" for name in ("stale", "fresh"))
     stale.write_bytes(b"x" * 500)
+    fresh.write_bytes(b"x")
     os.utime(stale, (time.time() - 7200,) * 2)
     cache.ensure(**make_shard(store, 1))
-    assert not stale.exists()
+    assert not stale.exists() and fresh.exists()
+
+
+def test_downloads_at_once_stay_within_the_bound(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ShardCache(tmp_path / "cache", 2500)
+    shards = [make_shard(store, number) for number in range(6)]
+    download, lock, peaks, at_once = storage.download_file, threading.Lock(), [], []
+
+    def slow(uri: str, local: Path, **facts: Any) -> None:
+        with lock:
+            at_once.append(len(list(cache.folder.glob("*.part"))))
+        download(uri, local, **facts)
+        time.sleep(0.05)
+        with lock:
+            peaks.append(
+                sum(p.stat().st_size for p in cache.folder.rglob("*") if p.name == "copy") + total(cache)
+            )
+
+    monkeypatch.setattr(storage, "download_file", slow)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda shard: cache.ensure(**shard), shards))
+    assert max(at_once) == 2 and max(peaks) == 2000 and len(peaks) == 6
 
 
 def _hammer(folder: str, shards: list[dict], seed: int) -> int:
