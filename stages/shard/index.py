@@ -302,18 +302,27 @@ def _hashes(table: Table, strip: int) -> np.ndarray:
     result = np.empty(len(table), np.uint64)
     for begin, names in table.chunks():
         folders = table.folder[begin : begin + len(names)]
-        digests = [
-            blake2b(_key(prefixes[f], name).encode(errors="surrogateescape"), digest_size=8).digest()
-            for f, name in zip(folders, names, strict=True)
-        ]
+        digests = [_digest(_key(prefixes[f], name)) for f, name in zip(folders, names, strict=True)]
         result[begin : begin + len(names)] = np.frombuffer(b"".join(digests), "<u8")
     return result
+
+
+def _digest(key: str) -> bytes:
+    return blake2b(key.encode(), digest_size=8).digest()
+
+
+def _holds(hashes: np.ndarray, key: str) -> bool:
+    """Whether a key's hash is among those of a split, which are sorted."""
+    wanted = np.frombuffer(_digest(key), "<u8")[0]
+    at = int(np.searchsorted(hashes, wanted))
+    return at < len(hashes) and bool(hashes[at] == wanted)
 
 
 def _resolve_equal_keys(
     table: Table, strip: int, rows: np.ndarray, hashes: np.ndarray, uri: str
 ) -> dict[int, str]:
-    """Put rows of equal hash into an order of their own, and give repeated keys `~2`, `~3`, … (a.jpg, a.png).
+    """Put rows of equal hash into an order of their own, and give repeated keys `~2`, `~3`, … (a.jpg, a.png),
+    passing over numbers that make a key of another file.
 
     Rows of one path are an error, except where the source states keys: those may start anew in every file.
     """
@@ -330,12 +339,16 @@ def _resolve_equal_keys(
             items.append((key, folder, name, table.container[row], table.offset[row], row))
         items.sort()
         rows[begin:end] = [item[-1] for item in items]
-        for number, (before, item) in enumerate(pairwise(items), 1):
+        number = 1
+        for before, item in pairwise(items):
             if before[:3] == item[:3] and table.label is None:
                 raise DataInvalid(
                     f"{uri} holds the path {f'{item[1]}/{item[2]}'!r} twice",
                     remedy="pack the archive again from one folder; appended archives keep old versions of files",
                 )
-            if before[0] == item[0]:
-                renamed[item[-1]] = f"{item[0]}~{number + 1}"
+            number = number + 1 if before[0] == item[0] else 1
+            if number > 1:
+                while _holds(hashes, f"{item[0]}~{number}"):
+                    number += 1
+                renamed[item[-1]] = f"{item[0]}~{number}"
     return renamed

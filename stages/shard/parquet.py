@@ -18,6 +18,7 @@ from cluster import storage
 from cluster.errors import DataInvalid
 
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels")
+MAX_LABEL = 999_999  # the list of classes reaches to the largest label; ImageNet-21K has 21,841
 _BATCH_ROWS = 16  # decoded at once: 2 MB of ImageNet
 
 
@@ -40,6 +41,13 @@ def list_rows(uri: str, name: str) -> tuple[list[str], array, array, array, arra
                     f"{uri} has rows without a label (null or negative), in row group {group}",
                     expected="a class number in every row",
                     remedy="remove the rows, or leave the file out: test sets often have no labels",
+                )
+            if len(values) and (largest := max(values.to_pylist())) > MAX_LABEL:
+                raise DataInvalid(
+                    f"{uri} has a label that is no class number, in row group {group}",
+                    expected=f"at most {MAX_LABEL}",
+                    found=largest,
+                    remedy="number the classes from 0 on",
                 )
             named = (
                 table[image].combine_chunks().field("path").to_pylist() if has_path else [None] * len(table)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import tarfile
 import zipfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 from cluster import storage
 from cluster.errors import DataInvalid
@@ -74,14 +75,26 @@ class Listing:
         """Note one file, or count it as ignored when its name is not an image's."""
         path = self.safe(path)
         folder, _, name = path.rpartition("/")
-        if name.startswith(".") or not name.lower().endswith(IMAGE_SUFFIXES):
+        if not is_image(name):
             self.ignored += 1
             self.folders.append(folder)
             return
+        if not path.isascii():
+            self._refuse_bytes(path)
         self.paths.append(path)
         self.offset.append(offset)
         self.size.append(size)
         self.aux.append(aux)
+
+    def _refuse_bytes(self, path: str) -> None:
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise DataInvalid(
+                f"{self.unit['uri']} holds a name that is not UTF-8: {path!r}",
+                expected="names in UTF-8: they become the samples' keys",
+                remedy="rename the file (convmv converts whole trees), and pack archives again",
+            ) from None
 
     def safe(self, path: str) -> str:
         """The path in its plain form; raises DataInvalid when it could leave the folder it belongs to."""
@@ -94,6 +107,11 @@ class Listing:
         if "./" in path or "//" in path or path.endswith(("/", ".")):
             path = "/".join(part for part in path.split("/") if part not in ("", "."))
         return path
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name (without folders) counts as an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def local_path(uri: str) -> Path | None:
@@ -168,7 +186,7 @@ def _list_folder(unit: Unit) -> Iterator[Listing]:
             found.add(prefix + item.uri.removeprefix(root), 0, item.bytes)
         yield found
         return
-    for folder, folders, files in os.walk(local, followlinks=True):
+    for folder, folders, files in os.walk(local, followlinks=True, onerror=refuse_unreadable):
         folders.sort()
         relative = Path(folder).relative_to(local).as_posix()
         if relative.count("/") > 32:
@@ -179,11 +197,39 @@ def _list_folder(unit: Unit) -> Iterator[Listing]:
         if relative != ".":
             found.folders.append(here[:-1])
         for name in sorted(files):
-            found.add(here + name, 0, os.stat(f"{folder}/{name}").st_size)  # noqa: PTH116 (a hot loop)
+            found.add(here + name, 0, _file_size(f"{folder}/{name}") if is_image(name) else 0)
         if len(found.paths) >= _CHUNK:
             yield found
             found = Listing(unit)
     yield found
+
+
+def refuse_unreadable(error: OSError) -> NoReturn:
+    """For os.walk, which leaves out in silence what it may not list."""
+    raise DataInvalid(
+        f"the folder {error.filename} cannot be listed",
+        found=error.strerror,
+        remedy="let this user read it, or move it out of the source",
+    )
+
+
+def _file_size(path: str) -> int:
+    try:
+        status = os.stat(path)  # noqa: PTH116 (a hot loop)
+    except OSError as error:
+        raise DataInvalid(
+            f"the image {path!r} cannot be looked at",
+            found=error.strerror,
+            remedy="remove the link if it points nowhere; let this user read the folder",
+        ) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataInvalid(
+            f"{path!r} is named like an image, but is no file",
+            expected="a regular file, or a link to one",
+            found=f"mode {status.st_mode:o} (a pipe, socket or device)",
+            remedy="remove it from the source",
+        )
+    return status.st_size
 
 
 def _list_tar(unit: Unit) -> Listing:
@@ -234,9 +280,12 @@ def _as_samples(found: Listing, labels: dict[str, int], where: str) -> None:
 
 
 def _label(text: bytes, name: str, where: str) -> int:
-    if not text.strip().isdigit() or int(text) > 2**31 - 1:
+    if not text.strip().isdigit() or int(text) > parquet.MAX_LABEL:
         raise DataInvalid(
-            f"{where}: the label {name!r} is no class number", expected="digits, such as 207", found=text
+            f"{where}: the label {name!r} is no class number",
+            expected=f"digits, such as 207, of at most {parquet.MAX_LABEL}",
+            found=text,
+            remedy="number the classes from 0 on",
         )
     return int(text)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,11 +34,13 @@ from stages.shard.scan import (
     ZIP,
     Listing,
     Unit,
+    is_image,
     list_unit,
     list_units,
     local_path,
     members,
     open_tar,
+    refuse_unreadable,
 )
 
 _ARCHIVES = (".tar", ".zip", ".parquet")
@@ -142,8 +144,8 @@ def open_source(uri: str, splits: tuple[str, ...], val_labels: str | None = None
         _add_archives(source, [(uri.rpartition("/")[2], uri)], lone=True)
         source.layout = source.units[0]["kind"]
         return source
-    names = _archives(uri, local)
-    if names is None:
+    looked = _look(uri, local)
+    if looked is None:
         raise DataInvalid(
             f"the source {uri} does not exist",
             expected="a folder of class folders, or a tar, zip or Parquet file of images",
@@ -151,37 +153,59 @@ def open_source(uri: str, splits: tuple[str, ...], val_labels: str | None = None
         )
     whole = Unit(kind=FOLDER, uri=uri, offset=0, size=0, container=-1, name="", lone=True)
     source = Source(uri, FOLDER, [], [whole], splits, val_labels)
+    names, loose = looked
     wanted = [name for name in names if source.split_of(name) is not None]
     if not wanted:
         return source
     source.units = []
     source.ignored = len(names) - len(wanted)
     _add_archives(source, [(name, storage.join(uri, name)) for name in wanted], lone=False)
-    used = {source.split_of(name) for name in wanted}
+    used = {source.split_of(name) or splits[0] for name in wanted}
     for split in splits:  # beside the official train tar, `val/` is often sorted into folders
         folder = storage.join(uri, split)
         path = local_path(folder)
         if split not in used and (path.is_dir() if path else bool(storage.list_files(folder, most=1))):
             source.units.append({**whole, "uri": folder, "name": split})
+    taken = {unit["name"] for unit in source.units if unit["kind"] == FOLDER}
+    left = [path for path in loose if source.split_of(path) is not None and path.split("/")[0] not in taken]
+    if left:
+        raise DataInvalid(
+            f"{uri} holds archives and loose images: {wanted[0]!r}, and {left[0]!r} in a folder",
+            expected="archives, or folders of images (beside archives only as a split that they lack)",
+            remedy="move one of them out of the source, so that it is clear which is the data set",
+        )
     official = any(name.rpartition("/")[2] == "ILSVRC2012_img_train.tar" for name in wanted)
     source.layout = "ilsvrc2012" if official else f"folder of {source.units[0]['kind']}"
     return source
 
 
-def _archives(uri: str, local: Path | None) -> list[str] | None:
-    """Paths of the archives in a folder, None without the folder."""
+def _look(uri: str, local: Path | None) -> tuple[list[str], list[str]] | None:
+    """Paths of the archives in a folder, and of one image of each folder of images; None without the folder."""
+    archives, loose = [], dict[str, str]()
+    paths: Iterable[str]
     if local is None:
-        found = storage.list_files(uri)
-        names = [item.uri.removeprefix(uri + "/") for item in found]
-        return [n for n in names if _is_archive(n) and n.count("/") <= _DEPTH] if found else None
-    if not local.is_dir():
+        paths = [item.uri.removeprefix(uri + "/") for item in storage.list_files(uri)]
+        if not paths:
+            return None
+    elif local.is_dir():
+        paths = _walk(local)
+    else:
         return None
-    names = []
-    for folder, folders, files in os.walk(local, followlinks=True):
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if _is_archive(name) and path.count("/") <= _DEPTH:
+            archives.append(path)
+        elif folder and folder not in loose and is_image(name):
+            loose[folder] = path
+    return sorted(archives), sorted(loose.values())
+
+
+def _walk(local: Path) -> Iterator[str]:
+    for folder, folders, files in os.walk(local, followlinks=True, onerror=refuse_unreadable):
         relative = Path(folder).relative_to(local)
         folders[:] = sorted(folders) if len(relative.parts) < _DEPTH else []
-        names += [(relative / name).as_posix() for name in files if _is_archive(name)]
-    return sorted(names)
+        prefix = "" if folder == str(local) else f"{relative.as_posix()}/"
+        yield from (prefix + name for name in files)
 
 
 def _is_archive(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Shard images of any known layout into WebDataset tars with a manifest and an index.
 
 Scan → index → seeded global permutation → shards. Workers write whole shards; a shard is finished when its
-record under `out/parts/` exists, so a rerun writes only what is missing, and the same source, seed and
+record under `out/parts/` and its tar exist, so a rerun writes only what is missing (and shards that lack an
+image which can be read by now), and the same source, seed and
 config give byte-identical shards on any number of workers.
 """
 
@@ -22,7 +23,7 @@ from stages.shard.plan import PlannedShard, plan_fingerprint, plan_shards, sampl
 from stages.shard.publish import SHOWN, publish
 from stages.shard.read import Where
 from stages.shard.source import Source, open_source
-from stages.shard.write import ShardJob, Summary, parts_uri, read_part, summary, write_shards
+from stages.shard.write import ShardJob, Summary, parts_uri, usable_part, write_shards
 
 _TASK_SHARDS = 4  # at most, of one task: a killed worker repeats no more than these
 
@@ -53,12 +54,22 @@ def _write_all(
 ) -> dict[str, Summary]:
     """Summaries of all shards by name: of those found, and of those written now."""
     total = sum(len(split) for split in index.splits.values())
-    found = {Path(item.uri).stem for item in storage.list_files(parts_uri(context.out, plan))}
-    names = [shard.name for shard in planned if shard.name in found]
-    with ThreadPoolExecutor(8) as pool:
-        parts = dict(
-            zip(names, pool.map(lambda name: summary(read_part(context.out, name, plan)), names), strict=True)
+    kinds = {unit["container"]: unit["kind"] for unit in source.units}
+    recorded = {Path(item.uri).stem for item in storage.list_files(parts_uri(context.out, plan))}
+    old = [shard for shard in planned if shard.name in recorded]
+
+    def look(shard: PlannedShard) -> Summary | None:
+        return usable_part(
+            context.out,
+            shard.name,
+            plan,
+            lambda: _job(config, context, index, shard, source, kinds, plan),
         )
+
+    with ThreadPoolExecutor(8) as pool:
+        looked = zip(old, pool.map(look, old), strict=True)
+        parts = {shard.name: part for shard, part in looked if part is not None}
+    names = list(parts)
     done = sum(_images(part) for part in parts.values())
     progress = Progress(context.out, total=total, unit="images", start=done)
     progress.update(done, force=True)
@@ -66,7 +77,6 @@ def _write_all(
     for name in names:
         bad.add(parts[name])
     missing = [shard for shard in planned if shard.name not in parts]
-    kinds = {unit["container"]: unit["kind"] for unit in source.units}
     size = max(1, min(_TASK_SHARDS, len(missing) // (2 * context.resources.workers)))
 
     def tasks() -> Iterator[list[ShardJob]]:

@@ -4,23 +4,25 @@ Runs in a worker process, on a few shards in a row: while one is packed, the one
 the store by a thread. So at most two shards per worker exist at once, as temporary files; in memory there is
 one image (local sources), or at most two shards' worth (stages/shard/read.py).
 
-A shard counts when its part record (`parts/<plan>/<name>.json`, created exclusively) is there; the tar lies under
-the prefix of the attempt that wrote it, so a dead writer's file never mixes with a live one's.
+A shard counts when its part record (`parts/<plan>/<name>.json`, created exclusively) and its tar are there; the
+tar lies under the prefix of the attempt that wrote it, so a dead writer's file never mixes with a live one's.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 from PIL import Image
 
 from cluster import storage
-from cluster.errors import AlreadyExists
+from cluster.errors import AlreadyExists, NotFound
 from stages.data.decode import BadImage, Header, decode, probe
 from stages.shard.read import Samples, Where, read_images
 from stages.shard.scan import local_path
@@ -96,6 +98,36 @@ def read_part(out: str, name: str, plan: str) -> dict[str, Any]:
 def summary(part: dict[str, Any]) -> Summary:
     """A part record without its rows."""
     return Summary(shard=part["shard"], skipped=part["skipped"])
+
+
+def usable_part(out: str, name: str, plan: str, job: Callable[[], ShardJob]) -> Summary | None:
+    """The recorded shard; None, its record removed, when it must be written again (`job` makes what does it).
+
+    That is so when its tar is gone or has another size, or when an image that was left out can be read now:
+    a mended image may have the size it had, and content is no part of the plan.
+    """
+    uri = part_uri(out, name, plan)
+    part = storage.read_json(uri)
+    try:
+        intact = storage.size(storage.join(out, part["shard"]["path"])) == part["shard"]["bytes"]
+    except NotFound:
+        intact = False
+    if intact and not (part["skipped"] and _mended(job(), part["skipped"])):
+        return summary(part)
+    storage.delete(uri)
+    return None
+
+
+def _mended(job: ShardJob, skipped: list[dict[str, str]]) -> bool:
+    """Whether any image that was left out passes the checks now."""
+    paths, samples = {item["source"] for item in skipped}, cast("dict[str, list]", job["samples"])
+    rows = [at for at, path in enumerate(samples["paths"]) if path in paths]
+    chosen: Any = {name: [column[at] for at in rows] for name, column in samples.items()}
+    for read in read_images(chosen, job["where"]):
+        with contextlib.suppress(BadImage):
+            _check(read, job)
+            return True
+    return False
 
 
 def _existing(job: ShardJob) -> Summary:

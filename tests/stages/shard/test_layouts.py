@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
 import webdataset as wds
 
+from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
 from cluster.resources import Resources
 from stages.artifacts import DatasetRef
@@ -202,6 +204,9 @@ def test_parquet_that_holds_no_labelled_images_is_named(tmp_path: Path) -> None:
     write_parquet(path, [(ROWS[0][0], None, -1)], ["a"])
     with pytest.raises(DataInvalid, match="without a label"):
         shard_folder(path, tmp_path / "out")
+    write_parquet(path, [(ROWS[0][0], None, 2**40)], ["a"])
+    with pytest.raises(DataInvalid, match="no class number"):
+        shard_folder(path, tmp_path / "out")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataInvalid, match="not a readable Parquet"):
         shard_folder(path, tmp_path / "out")
@@ -245,6 +250,7 @@ def test_our_own_shards_keep_their_class_names_when_sharded_again(
         ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"x")], "'b.jpg' has no label"),
         ([("a.jpg", b"x"), ("a.png", b"x"), ("a.cls", b"1")], "a second image"),
         ([("a.jpg", b"x"), ("a.cls", b"cat")], "no class number"),
+        ([("a.jpg", b"x"), ("a.cls", b"300000000")], "no class number"),
     ],
 )
 def test_webdataset_tars_that_are_not_labelled_images_are_named(tmp_path: Path, members, match: str) -> None:
@@ -265,3 +271,31 @@ def test_archives_compressed_as_a_whole_are_refused(tmp_path: Path) -> None:
     (source / "ILSVRC2012_img_val.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     with pytest.raises(ConfigError, match="gunzip"):
         shard_folder(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["disk", "store"])
+def test_archives_beside_class_folders_are_refused(
+    image_folder: Path, moto_root: str, tmp_path: Path, remote
+) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    with zipfile.ZipFile(source / "notes.zip", "w") as archive:
+        archive.writestr("extra/one.jpg", jpeg(picture(1)))
+    if remote:
+        storage.upload_tree(source, f"{moto_root}/in")
+    with pytest.raises(DataInvalid, match=r"archives and loose images: 'notes.zip', and 'train/class_0"):
+        shard_folder(f"{moto_root}/in" if remote else source, tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_a_split_beside_its_own_archive_is_refused(tmp_path: Path) -> None:
+    source = official(tmp_path / "in")
+    (source / "train" / WNIDS[0]).mkdir(parents=True)
+    (source / "train" / WNIDS[0] / "a.jpg").write_bytes(jpeg(picture(1)))
+    with pytest.raises(DataInvalid, match="archives and loose images"):
+        shard_folder(source, tmp_path / "out")
+
+
+def test_images_of_a_split_that_is_not_asked_for_may_lie_beside_archives(tmp_path: Path) -> None:
+    source = official(tmp_path / "in")
+    (source / "test").mkdir()
+    (source / "test/a.jpg").write_bytes(jpeg(picture(1)))
+    assert contents(shard_folder(source, tmp_path / "out")) == {"train": TRAIN, "val": VAL}

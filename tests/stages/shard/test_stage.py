@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +25,7 @@ from stages.data.manifest import load_manifest, resolve
 from stages.shard.config import ShardConfig
 from stages.shard.stage import run
 from tests.stages.images import jpeg, picture, shard_folder
+from tests.stages.shard.archives import contents
 
 
 def tar_of(folder: Path, out: Path, prefix: str = "") -> Path:
@@ -121,6 +124,114 @@ def test_a_rerun_writes_only_what_is_missing(image_folder: Path, tmp_path: Path)
     assert shard_bytes(again) == shard_bytes(whole)
     assert [path.name for path in sorted(Path(again.manifest).parent.glob("*.tar"))] == ["train-000001.tar"]
     assert again.fingerprint == ref.fingerprint
+
+
+def test_a_shard_whose_tar_is_gone_or_cut_is_written_again(image_folder: Path, tmp_path: Path) -> None:
+    whole = shard_folder(image_folder, tmp_path / "out", shard_samples=8)
+    expected, folder = shard_bytes(whole), Path(whole.manifest).parent
+    (folder / "train-000001.tar").unlink()
+    (folder / "val-000000.tar").write_bytes(b"cut short")
+    again = shard_folder(image_folder, tmp_path / "out", shard_samples=8)
+    assert shard_bytes(again) == expected and again.fingerprint == whole.fingerprint
+    written = {path.name for path in Path(again.manifest).parent.glob("*.tar")}
+    assert written == {"train-000001.tar", "val-000000.tar"}
+
+
+def test_an_image_mended_at_its_size_is_taken_on_the_next_run(image_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    images = [source / f"train/class_1/img_{i}.jpg" for i in (2, 5)]
+    intact = [path.read_bytes() for path in images]
+    for path in images:
+        path.write_bytes(b"x" * path.stat().st_size)
+    for path, data in zip(images, intact, strict=True):
+        with pytest.raises(DataInvalid, match=r"max_bad_fraction") as caught:
+            shard_folder(source, tmp_path / "out", shard_samples=100)
+        assert path.name in str(caught.value)
+        path.write_bytes(data)
+    ref = shard_folder(source, tmp_path / "out", shard_samples=100)
+    assert shard_bytes(ref) == shard_bytes(shard_folder(image_folder, tmp_path / "whole", shard_samples=100))
+
+
+def test_images_that_stay_broken_do_not_have_their_shard_written_again(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    (source / "train/class_1/img_2.jpg").write_bytes(b"x")
+    first = shard_folder(source, tmp_path / "out", max_bad_fraction=0.1)
+    again = shard_folder(source, tmp_path / "out", max_bad_fraction=0.1)
+    assert again.fingerprint == first.fingerprint
+    assert not list(Path(again.manifest).parent.glob("*.tar"))
+
+
+def test_a_folder_that_may_not_be_listed_is_named(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("train/class_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # tests may run as root, whom no mode keeps out
+    with pytest.raises(DataInvalid, match=r"train/class_1 cannot be listed"):
+        shard_folder(image_folder, tmp_path / "out")
+
+
+def test_a_listing_of_archives_names_a_folder_that_may_not_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **options: Any) -> Any:
+        options["onerror"](PermissionError(13, "Permission denied", "/x/inner"))
+        return iter(())
+
+    monkeypatch.setattr(os, "walk", refuse)
+    with pytest.raises(DataInvalid, match="/x/inner cannot be listed"):
+        shard_folder(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda folder: (folder / "a.jpg").symlink_to("nowhere"), "cannot be looked at"),
+        (lambda folder: os.mkfifo(folder / "a.jpg"), "named like an image, but is no file"),
+        (lambda folder: Path(os.fsdecode(bytes(folder) + b"/\xff.jpg")).write_bytes(b"x"), "not UTF-8"),
+    ],
+    ids=["dangling link", "pipe", "name"],
+)
+def test_what_is_no_image_file_is_named(image_folder: Path, tmp_path: Path, make, match: str) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    make(source / "train/class_0")
+    with pytest.raises(DataInvalid, match=match):
+        shard_folder(source, tmp_path / "out")
+
+
+def test_a_dangling_link_that_is_named_like_no_image_is_ignored(image_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    (source / "train/class_0/notes").symlink_to("nowhere")
+    assert shard_folder(source, tmp_path / "out").splits["train"] == 30
+
+
+def test_a_name_in_a_tar_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        info = tarfile.TarInfo("c/\xe9.jpg")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"x"))
+    with pytest.raises(DataInvalid, match="not UTF-8"):
+        shard_folder(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_keys_that_repeat_pass_over_names_that_are_taken(image_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    images = {f"a{rest}.jpg": jpeg(picture(i)) for i, rest in enumerate(("", "~2", "~2~2"))}
+    images |= {"a.jpeg": jpeg(picture(7)), "a~2.jpeg": jpeg(picture(8)), "a.JPG": jpeg(picture(9))}
+    for name, data in images.items():
+        (source / "train/class_0" / name).write_bytes(data)
+    found = contents(shard_folder(source, tmp_path / "out"))["train"]
+    assert len(found) == 36
+    ours = {key: data for key, (_, data, _) in found.items() if key.startswith("class_0/a")}
+    assert sorted(ours.values()) == sorted(images.values())
+    assert set(ours) == {f"class_0/a{rest}" for rest in ("", "~2", "~3", "~4", "~2~2", "~2~3")}
 
 
 def test_a_mended_source_is_sharded_anew(image_folder: Path, tmp_path: Path) -> None:
