@@ -4,6 +4,8 @@
 
 For every input size: images per second of forward and of forward + backward, FLOPs per image, peak memory.
 Variants take turns, and each one's fastest round counts, so that other load on the machine disturbs them alike.
+Peak memory is that of one pass with one model alone: on a CPU the resident set of a process of its own (the libraries,
+about 300 MiB, included), which is also the first round; on a GPU what the device holds while the others are away.
 On a GPU it is bf16 and compiled, on a CPU float32 and eager. `--clock cpu` counts the CPU time of this process
 in place of wall time (use it with `--threads 1` where others share the machine). `efficiency` is the share of the
 FLOPs saved that became time saved. The last line is JSON.
@@ -12,13 +14,15 @@ FLOPs saved that became time saved. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,7 @@ from stages.model.config import BackboneConfig, accelerated
 from stages.model.flops import backbone_flops
 
 SIZES = (224, 384, 512, 640)
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Tokens(nn.Module):
@@ -45,44 +50,45 @@ class Tokens(nn.Module):
         return self.model(image)["tokens"]
 
 
-def variants(config: BackboneConfig, pixels: int, naive: bool) -> dict[str, tuple[nn.Module, BackboneConfig]]:
-    """The models under test, all with the same weights."""
+VARIANTS = ("naive", "dense", "migration", "gathering", "both")
+
+
+def variant(config: BackboneConfig, pixels: int, name: str) -> tuple[nn.Module, BackboneConfig]:
+    """One model under test with its config; every one is drawn from the same seed."""
     config = config.model_copy(update={"img_size": pixels})
     fast = accelerated(config)
-    configs = {
-        "dense": config,
-        "migration": config.model_copy(update={"migration": fast.migration}),
-        "gathering": config.model_copy(update={"gathering": fast.gathering}),
-        "both": fast,
-    }
+    changes: dict[str, object] = {}
+    if name in ("migration", "both"):
+        changes["migration"] = fast.migration
+    if name in ("gathering", "both"):
+        changes["gathering"] = fast.gathering
+    config = config.model_copy(update=changes)
     torch.manual_seed(0)
-    dense = build_backbone(config)
-    out: dict[str, tuple[nn.Module, BackboneConfig]] = {}
-    if naive:
-        out["naive"] = (NaiveFastITPN(dense), config)
-    for name, variant in configs.items():
-        model = dense if name == "dense" else build_backbone(variant)
-        model.load_state_dict(dense.state_dict(), strict=False)
-        out[name] = (Tokens(model), variant)
-    return out
+    model = build_backbone(config)
+    return (NaiveFastITPN(model) if name == "naive" else Tokens(model)), config
 
 
-def peak_bytes(device: torch.device) -> Callable[[], int | None]:
-    """Starts a measurement of peak memory; call the result to end it. None where the system cannot tell."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated
+def alone(
+    config: BackboneConfig, pixels: int, name: str, train: bool, batch: int, clock: str, threads: int
+) -> tuple[float, int | None]:
+    """Seconds of the first pass of one variant, and this process's peak of the resident set in bytes.
+
+    To be called in a fresh process. No peak where the system does not tell it.
+    """
+    torch.set_num_threads(threads)
+    model = variant(config, pixels, name)[0].train(train)
+    took = seconds(model, torch.randn(batch, 3, pixels, pixels), train, CLOCKS[clock])
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak of the resident set back
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return lambda: None
-    return lambda: 1024 * int(_status("VmHWM"))
+        return took, None
+    return took, 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
-def _status(field: str) -> str:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(line.split()[1] for line in lines if line.startswith(field))
+def in_a_process(*arguments: Any) -> tuple[float, int | None]:
+    """`alone` in a process that ends with it; forked from one that has only imported this file."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(alone, *arguments).result()
 
 
 def seconds(model: nn.Module, image: Tensor, train: bool, clock: Callable[[], float]) -> float:
@@ -101,47 +107,63 @@ def seconds(model: nn.Module, image: Tensor, train: bool, clock: Callable[[], fl
     return clock() - start
 
 
+def on_the_device(
+    model: nn.Module, image: Tensor, train: bool, clock: Callable[[], float]
+) -> tuple[nn.Module, float, int]:
+    """The compiled model, its seconds, and the device's peak bytes while no other model is there."""
+    model.to(image.device, image.dtype)
+    compiled = torch.compile(model)
+    seconds(compiled, image, train, clock)  # type: ignore[arg-type]
+    torch.cuda.reset_peak_memory_stats()
+    took = min(seconds(compiled, image, train, clock) for _ in range(2))  # type: ignore[arg-type]
+    peak = torch.cuda.max_memory_allocated()
+    model.zero_grad(set_to_none=True)
+    model.to("cpu")
+    torch.cuda.empty_cache()
+    return compiled, took, peak  # type: ignore[return-value]
+
+
 def measure(
     config: BackboneConfig,
     pixels: int,
     *,
     train: bool,
-    names: list[str],
+    names: Sequence[str],
     batch: int,
     rounds: int,
     device: torch.device,
-    clock: Callable[[], float],
-) -> dict[str, dict[str, float | None]]:
+    clock: str,
+) -> dict[str, dict[str, Any]]:
     """Seconds per image, FLOPs per image and peak bytes of each named variant."""
-    models = {
-        name: found for name, found in variants(config, pixels, "naive" in names).items() if name in names
-    }
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    image = torch.randn(batch, 3, pixels, pixels).to(device, dtype)
-    ready: dict[str, nn.Module] = {}
-    for name, (model, _) in models.items():
-        model = model.train(train).to(device, dtype)
-        # The naive model is compiled too: the figure is about attention and layout, not about the compiler.
-        ready[name] = torch.compile(model) if device.type == "cuda" else model  # type: ignore[assignment]
-    rows: dict[str, dict[str, float | None]] = {}
-    for name, (_, variant) in models.items():
-        memory = peak_bytes(device)
-        warm = seconds(ready[name], image, train, clock)
-        if device.type == "cuda":
-            warm = min(seconds(ready[name], image, train, clock) for _ in range(2))
-        flops = backbone_flops(variant, pixels, pixels).total * (3 if train else 1)
-        rows[name] = {"s": warm, "gflops": flops / 1e9, "peak_mib": (peak := memory()) and peak / 2**20}
+    gpu, rows = device.type == "cuda", {}
+    image = torch.randn(batch, 3, pixels, pixels).to(device, torch.bfloat16 if gpu else torch.float32)
+    models: dict[str, nn.Module] = {}
+    # The naive model is compiled too: the figure is about attention and layout, not about the compiler.
+    compiled: dict[str, nn.Module] = {}
+    for name in names:
+        if gpu:
+            models[name], settings = variant(config, pixels, name)
+            compiled[name], took, peak = on_the_device(models[name].train(train), image, train, CLOCKS[clock])
+        else:
+            threads = torch.get_num_threads()
+            took, peak = in_a_process(config, pixels, name, train, batch, clock, threads)
+            settings = variant(config, pixels, name)[1]
+        flops = backbone_flops(settings, pixels, pixels).total * (3 if train else 1)
+        rows[name] = {"s": took, "gflops": flops / 1e9, "peak_mib": peak and peak / 2**20}
+    for name in names if rounds > 1 else ():
+        if gpu:
+            models[name].to(device)
+        else:
+            compiled[name] = variant(config, pixels, name)[0].train(train)
     for _ in range(rounds - 1):
-        for name, model in ready.items():
-            rows[name]["s"] = min(rows[name]["s"] or 0, seconds(model, image, train, clock))
+        for name, model in compiled.items():
+            rows[name]["s"] = min(rows[name]["s"], seconds(model, image, train, CLOCKS[clock]))
     for row in rows.values():
-        row["s"] = (row["s"] or 0) / batch
+        row["s"] /= batch
     return rows
 
 
-def report(
-    figures: dict[str, object], label: str, rows: dict[str, dict[str, float | None]], key: str
-) -> None:
+def report(figures: dict[str, object], label: str, rows: dict[str, dict[str, Any]], key: str) -> None:
     """Print a table of one measurement and add its ratios to the figures, under names that end in `key`."""
     print(
         f"\n{label}\n  {'':10s} {'img/s':>9s} {'GFLOPs':>9s} {'peak MiB':>9s} {'speed-up':>9s} {'efficiency':>10s}"
@@ -167,7 +189,7 @@ def report(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="speed of the backbone and of its accelerations")
-    parser.add_argument("--quick", action="store_true", help="T at 512, dense and naive: under a minute")
+    parser.add_argument("--quick", action="store_true", help="one size at 512 pixels: a few minutes on a CPU")
     parser.add_argument("--size", default=None, help="backbone (default: tiny on a CPU, large on a GPU)")
     parser.add_argument("--pixels", type=int, nargs="+", default=SIZES, help="input sizes")
     parser.add_argument(
@@ -189,15 +211,14 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     device = torch.device(args.device)
     gpu = device.type == "cuda"
-    clock = time.process_time if args.clock == "cpu" and not gpu else time.perf_counter
+    clock = "wall" if gpu else args.clock
     size = args.size or ("fast_itpn_large" if gpu else "fast_itpn_tiny")
-    names = ["naive", "dense", "migration", "gathering", "both"]
     label = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
     figures: dict[str, object] = {
         "device": label,
         "size": size,
         "threads": args.threads,
-        "clock": args.clock,
+        "clock": clock,
         "dtype": "bfloat16" if gpu else "float32",
         "torch": torch.__version__,
     }
@@ -205,7 +226,7 @@ def main() -> None:
     common = {"device": device, "clock": clock}
 
     def time_all(
-        config: BackboneConfig, pixels: int, train: bool, names: list[str], batch: int, key: str
+        config: BackboneConfig, pixels: int, train: bool, names: Sequence[str], batch: int, key: str
     ) -> None:
         batch = args.batch or (8 if gpu else batch)
         rounds = 2 if args.quick else args.rounds
@@ -215,18 +236,18 @@ def main() -> None:
         report(figures, title, rows, f"{key}_train" if train else key)
 
     if args.quick:
-        time_all(config, 512, False, names, 4, "512")
+        time_all(config, 512, False, VARIANTS, 4, "512")
         time_all(config, 512, True, ["naive", "dense"], 4, "512")
         print(json.dumps(figures))
         return
     for pixels in () if args.only_large else args.pixels:
         for train in (False, True):
             # Naive attention needs 9 GB to train on 8 images of 512 pixels.
-            time_all(config, pixels, train, names, 8 if pixels < 640 else 2, str(pixels))
+            time_all(config, pixels, train, VARIANTS, 8 if pixels < 640 else 2, str(pixels))
     if not args.no_large:
         for name in ("base", "large"):
             large = backbone_config(f"fast_itpn_{name}", drop_path=0.0)
-            time_all(large, 640, False, names[1:], 1, f"640_{name}")
+            time_all(large, 640, False, VARIANTS[1:], 1, f"640_{name}")
     print(json.dumps(figures))
 
 
