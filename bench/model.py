@@ -86,8 +86,10 @@ def alone(
 
 
 def in_a_process(*arguments: Any) -> tuple[float, int | None]:
-    """`alone` in a process that ends with it; forked from one that has only imported this file."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
+    """`alone` in a process that ends with it; forked from one that has imported the model and made none."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["stages.model", "torch._dynamo"])  # imports take longer than a small pass
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(alone, *arguments).result()
 
 
