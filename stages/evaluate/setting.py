@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError
@@ -15,7 +14,7 @@ from stages.evaluate.config import Acceleration, EvaluateConfig, OnData
 from stages.model import BackboneConfig, Normalisation, accelerated
 from stages.model.files import local_copy
 from stages.model.infer import infer_config
-from stages.model.io import build, load_into, read_described
+from stages.model.io import build, load_into, read_described, zero_untrained
 from stages.model.mfm import published_name
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -74,9 +73,7 @@ class Weights:
             if backbone.gathering or published_name(name) != "gather_embed"
         }
         report = load_into(model, state, allow_missing=("gather_embed",))
-        with torch.no_grad():
-            for name in report.missing:
-                model.get_parameter(name).zero_()
+        zero_untrained(model, report)
         return model.eval()
 
 

@@ -65,7 +65,7 @@ class ClipTower(nn.Module):
         eps: of every LayerNorm.
 
     Raises:
-        DataInvalid: keys are missing or left over.
+        DataInvalid: keys are missing or left over, or the heads do not divide the width.
     """
 
     def __init__(
@@ -86,6 +86,13 @@ class ClipTower(nn.Module):
         layers = len({name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")})
         self.native_grid = round((positions - 1) ** 0.5)
         heads = heads or max(1, width // 64)
+        if width % heads:
+            raise DataInvalid(
+                f"a tower of width {width} cannot have {heads} heads",
+                expected=f"a divisor of {width}",
+                found=heads,
+                remedy="correct teacher.heads",
+            )
         with torch.device("meta"):
             self.class_embedding = nn.Parameter(torch.empty(width))
             self.positional_embedding = nn.Parameter(torch.empty(positions, width))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError, StepFailed
-from stages.model.config import BackboneConfig, check_input_size
+from stages.model.config import BackboneConfig, GatheringConfig, MigrationConfig, check_input_size
 from stages.model.files import OWN_CONFIG
 from stages.model.io import load, save_model
 from stages.model.mfm import MaskedFeatureModel
@@ -41,7 +41,13 @@ class Exported:
 
 
 def export(
-    uri: str, out_dir: Path | str, *, formats: Sequence[Format] = FORMATS, img_size: int | None = None
+    uri: str,
+    out_dir: Path | str,
+    *,
+    formats: Sequence[Format] = FORMATS,
+    img_size: int | None = None,
+    migration: MigrationConfig | None = None,
+    gathering: GatheringConfig | None = None,
 ) -> list[Exported]:
     """Write the model at `uri` into `out_dir` and return what was written.
 
@@ -52,6 +58,8 @@ def export(
 
     Args:
         img_size: side of the square input of the ONNX files in pixels; None takes the model's own.
+        migration: token migration of what is written, in place of the model's own.
+        gathering: token gathering of what is written, in place of the model's own.
 
     Raises:
         ConfigError: an unknown format, a size that is no multiple of 16, or the extra is not installed.
@@ -63,7 +71,7 @@ def export(
         _need_onnx()
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = load(uri)
+    model = load(uri, migration=migration, gathering=gathering)
     written: list[Exported] = []
     if "itpn" in formats:
         save_model(out_dir, model.state_dict(), describe(model))

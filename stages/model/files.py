@@ -142,7 +142,7 @@ def _parse(path: Path) -> tuple[Any, bool]:
     """The file's content, and whether it may hold more than tensors."""
     if path.suffix == ".safetensors":
         return load_file(path), False
-    if _is_torchscript(path):
+    if is_torchscript(path):
         return _read_torchscript(path), False
     with torch.serialization.safe_globals(_INERT):
         return torch.load(path, map_location="cpu", weights_only=True), True
@@ -165,7 +165,8 @@ def _names(content: dict[Any, Any]) -> str:
     return ", ".join(map(str, list(content)[:8])) or "nothing"
 
 
-def _is_torchscript(path: Path) -> bool:
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

@@ -1,4 +1,4 @@
-"""Vision towers that run in transformers: SigLIP, SigLIP 2, DINOv2 and DINOv3. CLIP has a tower of its own here.
+"""Vision towers that run in transformers: SigLIP, DINOv2 and DINOv3. CLIP has a tower of its own here.
 
 Their targets are the patch tokens after the last norm; they have no projection to a shared space.
 """
@@ -48,6 +48,11 @@ class HfTower(nn.Module):
 def is_clip(config: dict[str, Any]) -> bool:
     """Whether a Hugging Face config.json describes a CLIP."""
     return config.get("model_type") in ("clip", "clip_vision_model")
+
+
+def is_known(config: dict[str, Any]) -> bool:
+    """Whether a config.json describes a tower that is read in Hugging Face's layout."""
+    return is_clip(config) or config.get("model_type") in _CLASSES
 
 
 def load_hf_tower(config: dict[str, Any], weights: Path) -> tuple[HfTower, dict[str, Any]]:

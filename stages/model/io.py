@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cluster import storage
 from cluster.errors import DataInvalid
 from stages.model.backbone import build_backbone
-from stages.model.config import BackboneConfig, ObjectiveConfig
+from stages.model.config import BackboneConfig, GatheringConfig, MigrationConfig, ObjectiveConfig
 from stages.model.files import local_copy, read_file
 from stages.model.heads import Classifier
 from stages.model.infer import infer_config, some, square_side
@@ -91,7 +91,14 @@ def _classes(config: dict[str, Any]) -> tuple[str, ...] | None:
     return tuple(names) if names is not None else None
 
 
-def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module:
+def load(
+    uri: str,
+    *,
+    sha256: str | None = None,
+    ema: bool = False,
+    migration: MigrationConfig | None = None,
+    gathering: GatheringConfig | None = None,
+) -> nn.Module:
     """A model in evaluation mode; its `forward_features(image)` returns named levels, `load_report` what was loaded.
 
     Args:
@@ -99,8 +106,14 @@ def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module
             `.bin`, `.safetensors`), whose architecture is read off its shapes.
         sha256: refuse any other weights file.
         ema: take the averaged weights of a published checkpoint.
+        migration: token migration in place of the model's own setting.
+        gathering: token gathering in place of the model's own setting. Gathering tokens that the weights lack are
+            zero: each then begins as the mean of its share of the tokens.
+
+    `accelerated(model.config)` has the documented defaults of both for an input size.
 
     Raises:
+        ConfigError: the model cannot take that migration or gathering.
         DataInvalid: missing, broken or pinned otherwise, or weights that do not fit their config, all of them.
     """
     full = storage.join(uri)
@@ -109,8 +122,13 @@ def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module
     )
     with local_copy(weights, sha256=sha256) as path:
         state, config = read_described(weights, path, ema=ema)
-    model: Any = build(config or infer_config(state))
-    model.load_report = report = load_into(model, state, allow_missing=())
+    config = config or infer_config(state)
+    changes = {"migration": migration, "gathering": gathering}
+    changed = {name: value.model_dump() for name, value in changes.items() if value is not None}
+    model: Any = build(config | {"backbone": config["backbone"] | changed})
+    # Without gathering tokens of its own, a model is given untrained ones only where it is asked to gather.
+    model.load_report = report = load_into(model, state, allow_missing=("gather_embed",) if gathering else ())
+    zero_untrained(model, report)
     if report.dropped:
         raise DataInvalid(
             f"{weights} holds parts that its model has no place for",
@@ -119,6 +137,14 @@ def load(uri: str, *, sha256: str | None = None, ema: bool = False) -> nn.Module
             remedy="put a config.json beside it that says what kind of model it is; fine-tuning takes it as it is",
         )
     return model.eval()
+
+
+@torch.no_grad()
+def zero_untrained(model: nn.Module, report: LoadReport) -> None:
+    """Set the gathering tokens that weights did not have to zero: they add nothing to the means they begin as."""
+    for name in report.missing:
+        if published_name(name) == "gather_embed":
+            model.get_parameter(name).zero_()
 
 
 def read_described(

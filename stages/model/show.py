@@ -10,8 +10,8 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
@@ -20,9 +20,10 @@ from stages.model.io import load
 from stages.model.layers import Normalisation
 from stages.model.masks import block_mask
 from stages.model.mfm import MaskedFeatureModel
-from stages.model.teacher import check_grids, load_teacher
+from stages.model.teacher import Teacher, check_grids, load_teacher
 
-PANEL, LABEL = 192, 18  # pixels
+PANEL, LABEL = 192, 26  # pixels
+TEXT = 18  # pixels
 MAX_PIXELS = 64_000_000
 _LEVELS = ("level16", "level8", "level4")
 
@@ -47,7 +48,8 @@ def show(
     Args:
         uri: what `load` reads.
         images: paths or URIs of pictures.
-        teacher: URI or config of the teacher whose targets are shown.
+        teacher: URI or config of the teacher whose targets are shown. One named by its URI sees an input that
+            gives the model's grid, whatever its own is.
         migration: shown in place of the model's own setting.
         normalisation: of the inputs; by default the one that the model was trained with, as its config.json says,
             and where that is silent mean and standard deviation 0.5.
@@ -59,17 +61,13 @@ def show(
     """
     if not images:
         raise ConfigError("no image to show", expected="at least one picture", found="none")
-    model = load(uri)
-    backbone = cast(nn.Module, model.backbone) if isinstance(model, MaskedFeatureModel) else model
-    config = cast(BackboneConfig, backbone.config)
-    if migration is not None:
-        config = BackboneConfig.parse(config.model_dump() | {"migration": migration.model_dump()})
-        backbone.config = config  # type: ignore[assignment]
+    model = load(uri, migration=migration)
+    config = cast(BackboneConfig, model.config)
     known = normalisation or getattr(model, "normalisation", None) or Normalisation((0.5,) * 3, (0.5,) * 3)
     mean_C11, std_C11 = (torch.tensor(values).view(3, 1, 1) for values in known)
     tower = None
     if teacher is not None:
-        tower = load_teacher(TeacherConfig(uri=teacher) if isinstance(teacher, str) else teacher)
+        tower = _fitting(teacher, config) if isinstance(teacher, str) else load_teacher(teacher)
         check_grids(config, tower)
     rows = []
     for number, name in enumerate(images):
@@ -82,8 +80,10 @@ def show(
             panels["mask"] = _shade(picture, ~mask, config.grid)
         features = cast(dict[str, Tensor], model.forward_features(x))  # type: ignore[operator]
         for level in _LEVELS:
-            key = f"pyramid{level[5:]}" if f"pyramid{level[5:]}" in features else level
-            panels[f"1/{level[5:]}"] = _colours(features[key][0].permute(1, 2, 0))
+            name = f"pyramid{level[5:]}"
+            x_HWC = features[name if name in features else level][0].permute(1, 2, 0)
+            x_HWC = without_pattern(x_HWC, config.grid) if name in features else x_HWC
+            panels[f"1/{level[5:]}"] = _colours(x_HWC)
         if tower is not None:
             target = tower(picture.unsqueeze(0))[0].unflatten(0, (config.grid, config.grid))
             panels["teacher"] = _colours(target)
@@ -117,6 +117,26 @@ def read_picture(uri: str, size: int) -> Tensor:
     return torch.from_numpy(pixels / 255).permute(2, 0, 1)
 
 
+def without_pattern(x_HWC: Tensor, grid: int) -> Tensor:
+    """A map less the mean, over all patches, of each position inside a patch.
+
+    Levels of the pyramid predict a patch from all of its positions together, so each position has features of its
+    own, the same in every patch: that pattern is stronger than the picture.
+    """
+    side = x_HWC.shape[0] // grid
+    x = x_HWC.unflatten(0, (grid, side)).unflatten(2, (grid, side))  # (grid, side, grid, side, C)
+    return (x - x.mean((0, 2), keepdim=True)).flatten(2, 3).flatten(0, 1)
+
+
+def _fitting(uri: str, config: BackboneConfig) -> Teacher:
+    """The teacher at an input that gives as many tokens as the model has; its own where that fits."""
+    teacher = load_teacher(TeacherConfig(uri=uri))
+    size = config.grid * teacher.patch_size
+    if teacher.input_size == size:
+        return teacher
+    return load_teacher(TeacherConfig(uri=uri, input_size=size))
+
+
 def _mask(grid: int, objective: ObjectiveConfig, seed: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(block_mask(grid, objective.masked_tokens(grid), seed))
 
@@ -147,11 +167,11 @@ def _rgb(image_CHW: Tensor) -> np.ndarray:
 def _write(rows: list[dict[str, np.ndarray]], path: Path) -> Path:
     width, height = len(rows[0]) * (PANEL + 4), LABEL + len(rows) * (PANEL + 4)
     sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(TEXT)
     for row, panels in enumerate(rows):
         for column, (label, pixels) in enumerate(panels.items()):
             if row == 0:
-                draw.text((column * (PANEL + 4) + 4, 3), label, fill="black")
+                draw.text((column * (PANEL + 4) + 4, 2), label, fill="black", font=font)
             panel = Image.fromarray(pixels).resize((PANEL, PANEL), Image.Resampling.NEAREST)
             sheet.paste(panel, (column * (PANEL + 4) + 2, LABEL + row * (PANEL + 4)))
     path.parent.mkdir(parents=True, exist_ok=True)

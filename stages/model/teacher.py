@@ -5,6 +5,7 @@ Target (iTPN, `engine_for_pretraining.py`): patch tokens → post-LN → project
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, StorageUnavailable
 from stages.model.clip_tower import ClipTower, from_hf, from_openai, hf_arguments, open_clip_arguments
 from stages.model.config import BackboneConfig, TeacherConfig
-from stages.model.files import local_copy, read_state
-from stages.model.hf_towers import is_clip, load_hf_tower
+from stages.model.files import is_torchscript, local_copy, read_state
+from stages.model.hf_towers import is_clip, is_known, load_hf_tower
+
+log = logging.getLogger(__name__)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CONFIGS = {"hf": "config.json", "open_clip": "open_clip_config.json"}
@@ -144,27 +147,32 @@ class TeacherFiles:
 def find_files(config: TeacherConfig) -> TeacherFiles:
     """Resolve `config.uri`: a weights file, or a folder that holds one beside its config."""
     uri = _from_hub(name) if (name := hub_name(config.uri)) else storage.join(config.uri)
-    weights: str | None = uri if Path(uri).suffix in _SUFFIXES else None
-    folder = uri.rsplit("/", 1)[0] if weights else uri
-    if weights is None:
-        weights = next((w for name in _WEIGHTS if storage.exists(w := storage.join(folder, name))), None)
-    if weights is None:
+    file = Path(uri).name if Path(uri).suffix in _SUFFIXES else None
+    folder = uri.rsplit("/", 1)[0] if file else uri
+    configs = {layout: _json_at(storage.join(folder, name)) for layout, name in _CONFIGS.items()}
+    hf, open_clip = configs["hf"], configs["open_clip"]
+    # Hub folders may hold one model in several layouts side by side, and timm's config.json says no model type.
+    hf_counts = hf is not None and (open_clip is None or is_known(hf))
+    by_config = "hf" if hf_counts else "openai" if open_clip is None else "open_clip"
+    wanted = by_config if config.layout == "auto" else config.layout
+    if file is None:
+        names = sorted(_WEIGHTS, key=lambda name: name.startswith("open_clip") != (wanted == "open_clip"))
+        file = next((name for name in names if storage.exists(storage.join(folder, name))), None)
+    if file is None:
         raise DataInvalid(
             f"no teacher at {config.uri}",
             expected="a weights file, or a folder with one of " + ", ".join(_WEIGHTS),
             found="neither",
             remedy="correct teacher.uri",
         )
-    layout, found = config.layout, None
-    for name, file in _CONFIGS.items():
-        if config.layout in ("auto", name) and storage.exists(path := storage.join(folder, file)):
-            layout, found = name, storage.read_json(path)  # type: ignore[assignment]
-            break
-    if layout == "auto":
-        layout = "openai"
+    layout = "open_clip" if config.layout == "auto" and file.startswith("open_clip") else wanted
+    weights, found = storage.join(folder, file), configs.get(layout)
     preprocessor = storage.join(folder, "preprocessor_config.json")
-    known = storage.read_json(preprocessor) if storage.exists(preprocessor) else None
-    return TeacherFiles(weights, layout, found, known)
+    return TeacherFiles(weights, layout, found, _json_at(preprocessor))
+
+
+def _json_at(uri: str) -> dict[str, Any] | None:
+    return storage.read_json(uri) if storage.exists(uri) else None
 
 
 def hub_name(uri: str) -> str | None:
@@ -212,6 +220,12 @@ def _clip(config: TeacherConfig, files: TeacherFiles, path: Path) -> Tower:
         arguments["heads"] = config.heads
     if config.activation != "auto":
         arguments["quick_gelu"] = config.activation == "quick_gelu"
+    elif files.config is None and not is_torchscript(path):  # such archives are OpenAI's own
+        log.warning(
+            "%s has no config beside it: its activation is taken to be %s; set teacher.activation",
+            files.weights,
+            "quick_gelu" if arguments["quick_gelu"] else "gelu",
+        )
     tower = ClipTower(vision, **arguments)
     return Tower(tower, tower.patch_size, tower.native_grid * tower.patch_size, tower.dim, *_mean_std(files))
 

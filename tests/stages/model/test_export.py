@@ -77,6 +77,13 @@ def test_onnx_classifier_and_features_agree_with_torch(tmp_path, family, more):
     assert all(f.error < 1e-4 for f in files)
 
 
+def test_an_export_may_have_other_accelerations_than_the_checkpoint(tmp_path):
+    model = Classifier(config(), 5)
+    export(save(tmp_path / "m", model), tmp_path / "out", formats=("itpn",), **BOTH)
+    found = load(str(tmp_path / "out")).config
+    assert {"migration": found.migration, "gathering": found.gathering} == BOTH
+
+
 @needs_onnx
 @pytest.mark.timeout(600)
 def test_an_onnx_file_that_gives_no_numbers_does_not_pass(tmp_path):

@@ -17,7 +17,9 @@ from cluster.hashing import sha256_file
 from stages.model import (
     BackboneConfig,
     Classifier,
+    GatheringConfig,
     MaskedFeatureModel,
+    MigrationConfig,
     Normalisation,
     ObjectiveConfig,
     TeacherConfig,
@@ -303,3 +305,35 @@ def test_models_and_teachers_are_read_over_any_protocol(tmp_path):
     memory.put(str(tmp_path / "clip.safetensors"), "memory://models/clip.safetensors")
     assert load_teacher(TeacherConfig(uri="memory://models/clip.safetensors", heads=4)).dim == 24
     memory.rm("memory://models", recursive=True)
+
+
+@pytest.mark.parametrize("make", [published, pretrain], ids=["classifier", "pretrain"])
+@torch.no_grad()
+def test_accelerations_can_be_switched_on_for_trained_weights(tmp_path, make):
+    model = make().eval()
+    for name, parameter in model.named_parameters():  # strong layer scale, so that attention matters
+        if "gamma" in name:
+            torch.nn.init.ones_(parameter)
+    save_model(tmp_path, model.state_dict(), model.describe())
+    image = torch.randn(1, 3, 64, 64)
+    plain = model.forward_features(image)
+    config = {"migration": MigrationConfig(after_block=1, keep=0.5)} if make is pretrain else {}
+    moved = load(str(tmp_path), **config, gathering=GatheringConfig(window=2, tokens=3))
+    features = moved.forward_features(image)
+    assert ("migrated" in features) == bool(config)
+    assert not torch.allclose(features["tokens"], plain["tokens"], atol=1e-4)
+    assert torch.equal(features["level8"], plain["level8"])
+    assert not next(p for n, p in moved.named_parameters() if n.endswith("gather_embed")).any()
+    assert [name[-12:] for name in moved.load_report.missing] == ["gather_embed"]
+    neutral = load(str(tmp_path), gathering=GatheringConfig(window=4, tokens=0))
+    assert torch.equal(neutral.forward_features(image)["tokens"], plain["tokens"])
+    with pytest.raises(ConfigError, match="larger than the 4×4 grid"):
+        load(str(tmp_path), gathering=GatheringConfig(window=5))
+
+
+def test_weights_without_their_own_gathering_tokens_are_refused(tmp_path):
+    model = Classifier(config(gathering=GatheringConfig(window=2, tokens=3)), 5)
+    state = {name: value for name, value in model.state_dict().items() if name != "gather_embed"}
+    save_model(tmp_path, state, model.describe())
+    with pytest.raises(DataInvalid, match="missing: gather_embed"):
+        load(str(tmp_path))

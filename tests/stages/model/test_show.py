@@ -19,7 +19,7 @@ from stages.model import (
     TeacherConfig,
     save_model,
 )
-from stages.model.show import LABEL, PANEL, show
+from stages.model.show import LABEL, PANEL, show, without_pattern
 
 GOLDEN = Path(__file__).parents[2] / "parity" / "data" / "clip_teacher.safetensors"
 CONFIG = BackboneConfig(img_size=64, embed_dim=64, depths=(1, 1, 3), num_heads=1)
@@ -57,6 +57,23 @@ def test_a_pretrained_model_shows_mask_levels_teacher_prediction_and_migration(t
     assert (tiles < 60).sum() == 12  # three quarters of the 16 tokens are dark
     again = show(uri, pictures, tmp_path / "b.png", teacher=teacher, migration=MigrationConfig(keep=0.25))
     assert path.read_bytes() == again.read_bytes()
+
+
+def test_a_teacher_named_by_its_uri_sees_an_input_that_fits_the_model(tmp_path, pictures):
+    config = CONFIG.model_copy(update={"img_size": 96})  # 6×6 tokens; the teacher's own input gives 4×4
+    uri = save(tmp_path / "m", Classifier(config, 5))
+    state = {n.removeprefix("state."): v for n, v in load_file(GOLDEN).items() if n.startswith("state.")}
+    save_file(state, tmp_path / "clip.safetensors")
+    path = show(uri, pictures[:1], tmp_path / "a.png", teacher=str(tmp_path / "clip.safetensors"))
+    assert columns(path, rows=1)[0] == len(["input", "1/16", "1/8", "1/4", "teacher"])
+
+
+def test_the_pattern_that_every_patch_repeats_is_taken_off():
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(3, 1, 3, 1, 5, generator=generator).expand(3, 4, 3, 4, 5).reshape(12, 12, 5)
+    pattern = 9 * torch.randn(4, 4, 5, generator=generator).repeat(3, 3, 1)
+    expected = picture - picture.mean((0, 1))
+    torch.testing.assert_close(without_pattern(picture + pattern, 3), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_classifier_shows_input_and_levels(tmp_path, pictures):

@@ -79,6 +79,44 @@ def test_open_clip_layout_gives_the_recorded_targets(tmp_path, golden, openai_st
     torch.testing.assert_close(teacher(golden["image56"]), golden["target56"], rtol=1e-4, atol=1e-5)
 
 
+def test_layout_and_weights_are_chosen_together(tmp_path, openai_state):
+    hf_folder(tmp_path, openai_state)
+    save_file(openai_state, tmp_path / "open_clip_model.safetensors")
+    vision = {"width": 64, "head_width": 16, "layers": 2, "patch_size": 14, "image_size": 56}
+    described = {"model_cfg": {"vision_cfg": vision, "quick_gelu": True}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    hf, open_clip = str(tmp_path / "model.safetensors"), str(tmp_path / "open_clip_model.safetensors")
+    for layout, weights in (("auto", hf), ("hf", hf), ("open_clip", open_clip)):
+        found = room.find_files(TeacherConfig(uri=str(tmp_path), layout=layout))
+        assert (found.weights, found.layout) == (weights, "hf" if weights == hf else "open_clip")
+    assert load_teacher(TeacherConfig(uri=str(tmp_path), layout="open_clip")).dim == 24
+    assert load_teacher(TeacherConfig(uri=open_clip)).dim == 24
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch16_clip_224"}))  # timm's
+    found = room.find_files(TeacherConfig(uri=str(tmp_path)))
+    assert (found.weights, found.layout, found.config) == (open_clip, "open_clip", described)
+
+
+def test_an_activation_that_no_config_names_is_told(tmp_path, openai_state, caplog):
+    save_file(openai_state, tmp_path / "clip.safetensors")
+    save_file(openai_state, tmp_path / "open_clip_model.safetensors")
+    targets = {}
+    image = torch.rand(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    for name, activation in (("clip", "quick_gelu"), ("open_clip_model", "gelu")):
+        uri = str(tmp_path / f"{name}.safetensors")
+        targets[name] = load_teacher(TeacherConfig(uri=uri))(image)
+        assert f"{uri} has no config beside it: its activation is taken to be {activation};" in caplog.text
+        caplog.clear()
+        explicit = load_teacher(TeacherConfig(uri=uri, activation=activation))(image)
+        assert torch.equal(explicit, targets[name]) and caplog.text == ""
+    assert not torch.equal(targets["clip"], targets["open_clip_model"])
+
+
+def test_heads_that_do_not_divide_the_width_are_refused(tmp_path, openai_state):
+    save_file(openai_state, tmp_path / "clip.safetensors")
+    with pytest.raises(DataInvalid, match=r"width 64 cannot have 7 heads(.|\n)*teacher\.heads"):
+        load_teacher(TeacherConfig(uri=str(tmp_path / "clip.safetensors"), heads=7))
+
+
 class Holder(torch.nn.Module):
     def __init__(self, tower):
         super().__init__()
