@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 600.0
 _stop = threading.Event()
 _ours = False  # whether `init` made the process group (Ray Train makes and removes its own)
+_own_port = False  # whether `init` chose MASTER_PORT
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,13 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
             )
         device = f"cuda:{index}"
         torch.cuda.set_device(index)
-    global _ours
+    global _ours, _own_port
     if not dist.is_initialized():
         _ours = True
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        if world_size == 1:
-            os.environ.setdefault("MASTER_PORT", str(free_port()))
+        if world_size == 1 and "MASTER_PORT" not in os.environ:
+            _own_port = True
+            os.environ["MASTER_PORT"] = str(free_port())
         elif "MASTER_PORT" not in os.environ:
             raise ConfigError(
                 "MASTER_PORT is not set, but WORLD_SIZE is",
@@ -96,10 +98,12 @@ def shutdown() -> None:
     """Leave the process group that `init` made, so that this process can join another."""
     import torch.distributed as dist
 
-    global _ours
+    global _ours, _own_port
     if _ours and dist.is_initialized():
         dist.destroy_process_group()
-    _ours = False
+    if _own_port:  # free for anybody now: neither the next group nor a child process may take it for granted
+        os.environ.pop("MASTER_PORT", None)
+    _ours = _own_port = False
 
 
 def rank() -> int:
