@@ -9,6 +9,7 @@ from pipeline import preflight
 from pipeline.recipes._chain import Machines, at_size, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
+from pipeline.search import Search
 from pipeline.step import Step
 from stages.config import Config, not_identity
 from stages.data.config import EvalDataConfig
@@ -55,6 +56,7 @@ class ImageNetRecipe(Config):
     also: OtherSets = OtherSets()
     grid: Grid  # of the fine-tuning jobs
     jobs: tuple[Job, ...] = ()  # further ones
+    search: Search = not_identity(Search())  # stops hopeless jobs early: --set search.kind=asha
     gpus: int = not_identity(8, ge=1)  # of pre-training
     min_gpus: int | None = not_identity(None, ge=1)  # as few as this will do for it, while there are no more
     finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
