@@ -1,7 +1,7 @@
 """Token migration and token gathering: the main stage with fewer tokens and smaller attention.
 
 The Fast-iTPN paper names both and publishes neither; what follows is our design
-(docs/decisions/migration-and-gathering.md). Both are off by default and share one main-stage loop:
+(docs/decisions/0003-migration-and-gathering.md). Both are off by default and share one main-stage loop:
 
 - *Gathering*: tokens are put in window order; a windowed block lets each window attend to itself and to a
   few gathering tokens, which attend to everything. Gathering tokens ride at the end of the sequence.
@@ -252,12 +252,16 @@ def redundancy(x_BWSC: Tensor, rank_BWS: Tensor, score: str, training: bool) -> 
     if score == "random":
         if training:
             return torch.rand(x_BWSC.shape[:3], device=x_BWSC.device)
-        scatter = torch.frac(torch.sin(rank_BWS.float() * 12.9898) * 43758.5453).abs()
-        return scatter.expand(x_BWSC.shape[0], -1, -1)
-    x = F.normalize(x_BWSC - x_BWSC.mean(2, keepdim=True), dim=-1)
-    similarity = x @ x.transpose(-1, -2)  # (B, W, S, S)
+        # Integers, so that every device picks the same tokens; below 2**63 for ranks below 2**20.
+        scatter = (rank_BWS * rank_BWS * 1_000_003 + rank_BWS * 7919) % (2**31 - 1)
+        return ((scatter * 1_103_515_245 + 12_345) % 2**31).expand(x_BWSC.shape[0], -1, -1)
+    # In fp32 even under autocast: neighbours are so alike that products in bf16 would choose among them by chance.
+    with torch.autocast(x_BWSC.device.type, enabled=False):
+        x = x_BWSC.float()
+        x = F.normalize(x - x.mean(2, keepdim=True), dim=-1)
+        similarity = x @ x.transpose(-1, -2)  # (B, W, S, S)
     later = rank_BWS.unsqueeze(-1) <= rank_BWS.unsqueeze(-2)
-    return similarity.masked_fill(later, -2.0).amax(-1).float()
+    return similarity.masked_fill(later, -2.0).amax(-1)
 
 
 def coarse_rank(codes: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -85,7 +85,11 @@ def test_fast_itpn_features_match_the_published_code(classify):
 def test_fast_itpn_classifier_matches_logits_loss_and_gradients(classify):
     model, golden = classify
     model.zero_grad()
+    pooled = []
+    hook = model.fc_norm.register_forward_hook(lambda *a: pooled.append(a[2].detach()))
     logits = model(golden["input"])
+    hook.remove()
+    assert_close(pooled[0], golden["pooled"], 1e-5, "pooled")
     labels = torch.tensor(CONFIG["fast_itpn_classify"]["labels_for_loss"])
     loss = torch.nn.functional.cross_entropy(logits, labels)
     loss.backward()

@@ -15,9 +15,11 @@ from stages.model import (
     backbone_config,
     build_backbone,
 )
+from stages.model import acceleration as room
 from stages.model.acceleration import (
     Windows,
     attend,
+    choose,
     coarse_rank,
     position_codes,
     redundancy,
@@ -182,6 +184,7 @@ def test_classifier_runs_at_another_size_than_it_was_built_for():
         ({"migration": {"keep": 0}}, "migration.keep"),
         ({"migration": {"keep": 1.5}}, "less than or equal to 1"),
         ({"migration": {"after_block": 6}}, "valid values are 1 to 5"),
+        ({"migration": {}, "depths": (1, 1, 1)}, "at least 2 blocks; this one has 1"),
         ({"gathering": {"window": 7}}, "larger than the 6×6 grid.*valid values are 1 to 6"),
         ({"gathering": {"window": 3, "blocks": [5, 9]}}, "valid indices are 0 to 5"),
         ({"migration": {"score": "best"}}, "'similarity', 'norm' or 'random'"),
@@ -194,15 +197,65 @@ def test_settings_that_cannot_work_say_what_would(settings, words):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("gathering", [None, GatheringConfig(window=4, tokens=2)])
+@pytest.mark.parametrize("migration", [None, MigrationConfig(after_block=2, keep=0.5)])
 @torch.no_grad()
-def test_bf16_stays_near_fp32(family):
-    """Stated bound: a relative error of 2 % of the tokens' norm, dense and with windows."""
-    for more in ({}, {"gathering": GatheringConfig(window=4, tokens=2)}):
-        _, model = pair(family, **more)
-        expected = model(IMAGE)["tokens"]
-        found = model.to(torch.bfloat16)(IMAGE.to(torch.bfloat16))["tokens"].float()
-        error = ((found - expected).norm() / expected.norm()).item()
-        assert error < 0.02, f"{family} {more}: {error:.4f}"
+def test_bf16_stays_near_fp32(family, gathering, migration, monkeypatch):
+    """Stated bounds: a relative error of 2 % of the tokens' norm where the same tokens migrate, and 9 of 10 do."""
+    _, model = pair(family, gathering=gathering, migration=migration)
+    chosen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(room, "choose", lambda *a, **k: chosen.append(choose(*a, **k)) or chosen[-1])
+        expected = model(IMAGE)
+    model.to(torch.bfloat16)
+    if migration is not None:
+        own = model(IMAGE.to(torch.bfloat16))["migrated"]
+        agreement = (own == expected["migrated"]).float().mean().item()
+        assert agreement >= 0.9, f"{agreement:.3f}"
+        monkeypatch.setattr(room, "choose", lambda *a, **k: chosen[-1])
+    found = model(IMAGE.to(torch.bfloat16))["tokens"].float()
+    error = ((found - expected["tokens"]).norm() / expected["tokens"].norm()).item()
+    assert error < 0.02, f"{error:.4f}"
+
+
+def test_similarity_is_scored_in_fp32_under_autocast():
+    x = torch.randn(1, 1, 36, 64, generator=torch.Generator().manual_seed(0)) + 8
+    rank = coarse_rank(position_codes((6, 6), x.device), (6, 6)).unsqueeze(1)
+    expected = redundancy(x, rank, "similarity", False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(redundancy(x, rank, "similarity", False), expected)
+    half = x.to(torch.bfloat16)
+    assert torch.equal(
+        redundancy(half, rank, "similarity", False), redundancy(half.float(), rank, "similarity", False)
+    )
+
+
+def test_random_choice_is_made_of_integers_and_spread_over_the_image():
+    x = torch.zeros(1, 1, 1600, 8)
+    rank = coarse_rank(position_codes((40, 40), x.device), (40, 40)).unsqueeze(1)
+    score = redundancy(x, rank, "random", False)
+    assert score.dtype == torch.int64 and score.unique().numel() == 1600 and score.min() >= 0
+    stay = score.topk(800, largest=False).indices.flatten()
+    quarters = torch.bincount((stay // 40 // 20) * 2 + stay % 40 // 20)
+    assert quarters.min() > 160  # 200 of 400 expected, standard deviation 7
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_pretraining_with_both_equals_eager(backend):
+    both = {"migration": MigrationConfig(after_block=1), "gathering": GatheringConfig(window=4, tokens=2)}
+    torch.manual_seed(0)
+    model = MaskedFeatureModel(config(depths=(1, 1, 2), **both), ObjectiveConfig(fpn_dim=32), 24)
+    mask = torch.zeros(2, 36, dtype=torch.bool)
+    mask[:, ::3] = True
+    target = torch.randn(2, 36, 24)
+    expected, found = model(IMAGE, mask, target), torch.compile(model, backend=backend)(IMAGE, mask, target)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    grads = [torch.autograd.grad(out["loss"], parameters) for out in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.timeout(900)  # the first inductor run builds its kernels

@@ -206,6 +206,56 @@ def test_siglip_and_dinov2_give_their_normalised_patch_tokens(tmp_path, kind):
     assert bigger(image).shape == (2, 16, 32)
 
 
+@pytest.mark.parametrize(
+    ("width", "layers", "patch", "pixels", "dim", "millions"),
+    [
+        (768, 12, 16, 224, 512, 86.2),
+        (768, 12, 32, 224, 512, 87.8),
+        (1024, 24, 14, 224, 768, 304.0),
+        (1024, 24, 14, 336, 768, 304.3),
+    ],
+    ids=["B/16", "B/32", "L/14", "L/14-336"],
+)
+def test_released_clip_shapes_build_and_give_their_grid(width, layers, patch, pixels, dim, millions):
+    from stages.model.clip_tower import ClipTower
+
+    tokens = (pixels // patch) ** 2
+    shapes = {
+        "class_embedding": (width,), "positional_embedding": (tokens + 1, width), "proj": (width, dim),
+        "conv1.weight": (width, 3, patch, patch),
+    } | {f"{name}.{part}": (width,) for name in ("ln_pre", "ln_post") for part in ("weight", "bias")}  # fmt: skip
+    block = {
+        "attn.in_proj_weight": (3 * width, width), "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width), "attn.out_proj.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,),
+    } | {f"{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}  # fmt: skip
+    for layer in range(layers):
+        shapes |= {f"transformer.resblocks.{layer}.{name}": shape for name, shape in block.items()}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tower = ClipTower(state, heads=None, quick_gelu=True)
+    assert tower.native_grid == pixels // patch
+    assert tower.transformer["resblocks"][0].attn.heads == width // 64
+    assert round(sum(p.numel() for p in tower.parameters()) / 1e6, 1) == millions
+    assert tower(torch.empty(2, 3, pixels, pixels, device="meta"))[0].shape == (2, tokens, dim)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_released_siglip_and_dinov2_shapes_run(kind):
+    import transformers
+
+    from stages.model.hf_towers import HfTower
+
+    with torch.device("meta"):
+        if kind == "siglip":  # base, patch 16, 224 pixels
+            model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig())
+        else:  # base, patch 14
+            model = transformers.Dinov2Model(transformers.Dinov2Config(image_size=518, patch_size=14))
+        tower = HfTower(model, first_patch=0 if kind == "siglip" else 1, interpolate=kind == "siglip")
+        tokens = tower(torch.empty(1, 3, 224, 224))[0]
+    assert tokens.shape == (1, 196 if kind == "siglip" else 256, 768)
+
+
 def test_a_full_siglip_checkpoint_gives_its_vision_tower(tmp_path):
     import transformers
 
