@@ -9,7 +9,7 @@ spawned processes do and hand the pixels over in shared memory (torch's DataLoad
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -145,6 +145,17 @@ class _EvalLoader(_Loader):
         return self.load(np.arange(begin, end), 0, step)
 
 
+def too_many_bad(bad: Mapping[int, tuple[str, str]], limit: int) -> DataInvalid:
+    """The error for more than `limit` samples that do not decode; `bad` maps sample id to (key, reason)."""
+    shown = "\n".join(f"    {key} (sample {i}): {why}" for i, (key, why) in list(bad.items())[:_SHOWN])
+    return DataInvalid(
+        f"{len(bad)} samples do not decode:\n{shown}",
+        expected=f"at most {limit}",
+        found=f"{len(bad)}" + (f", the first {_SHOWN} listed" if len(bad) > _SHOWN else ""),
+        remedy="repair the source and shard again, or raise max_bad_fraction",
+    )
+
+
 class _Feed:
     """Iterates over prefetched batches, keeps count of waiting and of bad samples, and closes."""
 
@@ -152,7 +163,7 @@ class _Feed:
         self.wait_s = 0.0  # seconds that the consumer has waited for data
         self.replaced = 0  # samples replaced so far
         self.bad: dict[int, tuple[str, str]] = {}  # sample id -> (key, reason)
-        self._bad_limit = bad_limit
+        self.bad_limit = bad_limit  # distinct bad samples; the training loop holds all ranks together to it
         self._read_ahead: ReadAhead | None = None
         self._batches = prefetch(
             loader, cursors, workers=workers, pin_memory=pin and torch.cuda.is_available()
@@ -172,17 +183,9 @@ class _Feed:
             self._read_ahead.advance((batch.epoch, batch.step))
         self.replaced += batch.replaced
         self.bad.update({sample_id: (key, reason) for sample_id, key, reason in batch.bad})
-        if len(self.bad) > self._bad_limit:
+        if len(self.bad) > self.bad_limit:
             self.close()
-            shown = "\n".join(
-                f"    {key} (sample {i}): {why}" for i, (key, why) in list(self.bad.items())[:_SHOWN]
-            )
-            raise DataInvalid(
-                f"{len(self.bad)} samples do not decode:\n{shown}",
-                expected=f"at most {self._bad_limit}",
-                found=f"{len(self.bad)}" + (f", the first {_SHOWN} listed" if len(self.bad) > _SHOWN else ""),
-                remedy="repair the source and shard again, or raise max_bad_fraction",
-            )
+            raise too_many_bad(self.bad, self.bad_limit)
         return batch
 
     def close(self) -> None:
@@ -208,7 +211,8 @@ class TrainFeed(_Feed):
         epochs: end after this many epochs, counted from the beginning of the run; or
         max_steps: after this many global steps, counted likewise. Without either the feed never ends.
         loader_workers: decoding processes; 0 is one thread.
-        max_bad_fraction: distinct undecodable samples that this rank may meet, as a share of the data set.
+        max_bad_fraction: distinct undecodable samples that may be met, as a share of the data set. A feed sees
+            its own rank since `start`; `bad_limit` is for the loop, which counts all ranks over the whole run.
 
     Raises (when iterated): DataInvalid with the list once more samples are bad; StepFailed when a loader
     process dies.

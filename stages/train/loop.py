@@ -23,6 +23,7 @@ from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError, Stopped, TrainingDiverged
 from stages.config import nearest
+from stages.data.feed import too_many_bad
 from stages.train import state
 from stages.train.checkpoint import Checkpoints
 from stages.train.config import LoopConfig
@@ -69,6 +70,7 @@ class Trainer:
     flops_per_image: float | None = None
     step: int = 0
     replaced: int = 0
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # sample id -> (key, reason), of all ranks
     notes: list[str] = field(default_factory=list)
     _have_checkpoint: bool = False
     _heads: list[str] = field(default_factory=list)
@@ -196,6 +198,9 @@ class Trainer:
             self.replaced += int(facts["replaced"])
             bad = [entry for part in distributed.gather_objects(batch.bad) for entry in part]
             self._event("samples replaced", samples=[f"{key}: {why}" for _, key, why in bad])
+            self.bad |= {sample_id: (key, why) for sample_id, key, why in bad}
+            if len(self.bad) > feed.bad_limit:  # alike on all ranks
+                raise too_many_bad(self.bad, feed.bad_limit)
         if result.overflow:
             self._event("fp16 overflow: loss scale lowered", loss_scale=engine.scalars().get("cur_scale"))
         else:
@@ -277,6 +282,7 @@ class Trainer:
             "scalars": self.engine.scalars(),
             "guard": self.guard.state(),
             "replaced": self.replaced,
+            "bad": [[sample_id, *facts] for sample_id, facts in self.bad.items()],
             "notes": list(self.notes),
             "smoothed": {"weight": self.smoothed.weight, "sums": self.smoothed.sums},
             "means": self.smoothed.means(),
@@ -297,6 +303,7 @@ class Trainer:
         self.step, self._have_checkpoint = manifest["step"], True
         self.guard.load(manifest["guard"])
         self.replaced, self.notes = manifest["replaced"], list(manifest["notes"])
+        self.bad = {sample_id: (key, why) for sample_id, key, why in manifest.get("bad", ())}
         self.smoothed, self._events = Smoothed(**manifest["smoothed"]), manifest["events"]
         self.checkpoints.segments = list(manifest["metrics"])
         log.info("resuming at step %d", self.step)

@@ -26,6 +26,7 @@ class Feed(Protocol):
     """Yields one Batch per global step, from the cursor it was made with."""
 
     wait_s: float
+    bad_limit: int  # distinct samples of the whole run that may have been replaced
 
     def __iter__(self) -> Iterator[Any]: ...
 

@@ -22,6 +22,13 @@ BASE: dict[str, Any] = {
 }
 KEPT = {"save_every_steps": 2, "keep_last": 1, "keep_every_steps": 6, "keep_best": 1, "best_by": "loss_head"}
 
+BAD = [
+    [1, 0, 3, "cat/1", "cut"],
+    [2, 1, 5, "cat/2", "cut"],
+    [3, 1, 5, "cat/2", "cut"],
+    [6, 0, 9, "dog/1", "grey"],
+]
+
 
 def scenarios(root: Path) -> dict[str, dict[str, Any]]:
     def loop(**changes: Any) -> dict[str, Any]:
@@ -43,6 +50,9 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
         "nan": {"nan_at": [3], "loop": loop()},
         "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
+        # Two bad samples on each rank, one of them twice: no rank is over the limit, all together are.
+        "bad": {"bad_limit": 2, "bad_at": BAD, "loop": loop()},
+        "bad at first": {"bad_limit": 2, "bad_at": BAD[:3], "terminate_at": 5, "loop": loop()},
         "diverges": {"nan_at": [5, 6, 7, 8], "loop": loop(schedule={"steps": 12}, guard=guard)},
         "recovers": {"nan_at": [5, 6], "loop": loop(guard=guard)},
         "spike": {"spike_at": [6], "loop": loop(guard={"spike_factor": 3, "spike_window": 5})},
@@ -64,6 +74,9 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
     # The same output folder again: it goes on where it was told to stop.
     specs["resumed"] = {**specs["terminated"], "result": str(root / "resumed.result"), "name": "resumed"}
     del specs["resumed"]["terminate_at"]
+    later = {"bad_at": BAD, "result": str(root / "bad later.result"), "name": "badlater"}
+    specs["bad later"] = {**specs["bad at first"], **later}
+    del specs["bad later"]["terminate_at"]
     specs["room again"] = {**specs["disk full"], "result": str(root / "room again.result"), "name": "again"}
     del specs["room again"]["disk_full_at"]
     specs["undisturbed"] = {
@@ -156,6 +169,16 @@ def test_divergence_ends_with_its_error_on_all_ranks_and_leaves_its_events(ran):
     lines = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     events = [line["event"] for line in lines if "event" in line]
     assert events == ["step not applied"] * 2 + ["rolled back"] + ["step not applied"] * 2
+
+
+@pytest.mark.parametrize("name", ["bad", "bad later"])
+def test_bad_samples_of_all_ranks_and_tries_count_together(ran, name):
+    assert {r["error"] for r in ran[1]["bad at first"]} == {"Stopped"}
+    for result in ran[1][name]:
+        assert result["error"] == "DataInvalid" and "3 samples do not decode" in result["message"]
+        assert all(
+            text in result["message"] for text in ("cat/1 (sample 3)", "cat/2", "dog/1 (sample 9): grey")
+        )
 
 
 def test_spike_is_not_applied(ran):

@@ -127,6 +127,7 @@ class Feed:
     def __init__(self, spec: dict, world: distributed.World, start: tuple[int, int], steps: int) -> None:
         self.spec, self.world, self.wait_s = spec, world, 0.0
         self.first, self.end = start[0] * STEPS_PER_EPOCH + start[1], steps
+        self.bad_limit = spec.get("bad_limit", 0)
 
     def __iter__(self) -> Iterator[Batch]:
         total, world = self.spec["loop"]["global_batch"], self.world
@@ -139,9 +140,12 @@ class Feed:
                 with open(f"{self.spec['samples']}-{world.rank}", "a") as file:
                     file.write(f"{index} {ids.tolist()}\n")
             images = [np.random.default_rng(int(i)).integers(0, 256, (4, 4, 3), dtype=np.uint8) for i in ids]
+            lost = [
+                entry for at, rank, *entry in self.spec.get("bad_at", ()) if (at, rank) == (index, world.rank)
+            ]
             yield Batch(
                 torch.from_numpy(np.stack(images)), torch.from_numpy(ids % 5), torch.from_numpy(ids),
-                index // STEPS_PER_EPOCH, index % STEPS_PER_EPOCH,
+                index // STEPS_PER_EPOCH, index % STEPS_PER_EPOCH, len(lost), tuple(lost),
             )  # fmt: skip
 
     def close(self) -> None:
