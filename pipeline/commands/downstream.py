@@ -133,6 +133,8 @@ def evaluate(
     size = given.backbone.img_size
     view = {"size": size, "crop_pct": 1.0 if size >= WHOLE_IMAGE_FROM else config.evaluate.data.view.crop_pct}
     values = config.evaluate.model_dump()
+    if given.kind != "classifier":
+        values["evaluators"] = [{"kind": "knn"}, {"kind": "linear"}]
     values["data"]["view"] |= view
     config = config.model_copy(update={"evaluate": type(config.evaluate).parse(values)})
     config = about(config, root_of(root), given, data).with_set(parse_assignments(set_))
