@@ -85,6 +85,33 @@ def window_order(grid: tuple[int, int], window: int) -> tuple[Tensor, tuple[tupl
     return torch.cat([block.flatten() for block in blocks]), groups
 
 
+class WindowOrder(nn.Module):
+    """`window_order` and its inverse, kept on the model's device for its own grid; of others made anew in each call.
+
+    Made in the forward pass they would be built on the CPU, copied to the device and sorted there every time.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    def __init__(self, grid: tuple[int, int], window: int) -> None:
+        super().__init__()
+        self.grid, self.window = grid, window
+        order, self.groups = window_order(grid, window)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse", order.argsort(), persistent=False)
+
+    def forward(
+        self, grid: tuple[int, int], device: torch.device
+    ) -> tuple[Tensor, Tensor, tuple[tuple[int, int], ...]]:
+        """Order, its inverse (int64, (N,)) and the groups of equal windows; raises as `window_order`."""
+        if grid == self.grid:
+            return self.order, self.inverse, self.groups
+        order, groups = window_order(grid, self.window)
+        order = order.to(device)
+        return order, order.argsort(), groups
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -144,28 +171,29 @@ def run_main_stage(
     grid: tuple[int, int],
     config: BackboneConfig,
     gather_embed: Tensor | None,
+    window_order: WindowOrder | None,
     call: BlockCall,
     tap: int | None,
     training: bool,
 ) -> dict[str, Tensor]:
-    """The main stage on tokens in raster order.
+    """The main stage on tokens in raster order; with gathering, `window_order` is the model's.
 
     Returns:
         `tokens` (B, N, C) in raster order with the migrated ones back in place; `tap`, the same after block
         `tap`, if asked for; `migrated` (B, N) bool in raster order, if migration took place.
     """
     gathering, migration = config.gathering, config.migration
-    order: Tensor | None = None
+    inverse: Tensor | None = None  # raster order from window order
     windows: Windows | None = None
     codes = position_codes(grid, x_BNC.device)  # (1, N)
     windowed: set[int] = set()
-    if gathering is not None:
+    if gathering is not None and window_order is not None:
         windowed = gathering.windowed_blocks(config.depths[2])
         if min(grid) == max(grid) == gathering.window and not gathering.tokens:
             windowed = set()  # one window that sees everything is global attention
-        order_N, groups = window_order(grid, gathering.window)
+        order, back, groups = window_order(grid, x_BNC.device)
         if windowed:
-            order, windows = order_N.to(x_BNC.device), Windows(groups, gathering.tokens)
+            inverse, windows = back, Windows(groups, gathering.tokens)
             x_BNC, codes = x_BNC.index_select(1, order), codes.index_select(1, order)
         if gather_embed is not None:
             # Each starts as the mean of its share of the tokens, so that it carries content at once.
@@ -178,7 +206,7 @@ def run_main_stage(
     for index, block in enumerate(blocks):
         x = call(block, x, windows if index in windowed else None, codes)
         if index == tap:
-            out["tap"] = _rejoin(x, waiting, order, grid)
+            out["tap"] = _rejoin(x, waiting, inverse, grid)
         if migration is not None and index + 1 == leaves_after and migration.keep < 1:
             N = grid[0] * grid[1]
             stay_BK, windows = choose(x[:, :N], codes, windows, grid, migration, training=training)
@@ -186,17 +214,17 @@ def run_main_stage(
             stays = x.gather(1, stay_BK.unsqueeze(-1).expand(-1, -1, x.shape[2]))
             x = torch.cat([stays, x[:, N:]], dim=1) if x.shape[1] > N else stays
             codes = codes.expand(x.shape[0], -1).gather(1, stay_BK)
-    out["tokens"] = _rejoin(x, waiting, order, grid)
+    out["tokens"] = _rejoin(x, waiting, inverse, grid)
     if waiting is not None:
         left = torch.ones(waiting[0].shape[:2], dtype=torch.bool, device=x.device).scatter(
             1, waiting[1], False
         )
-        out["migrated"] = left if order is None else left.index_select(1, order.argsort())
+        out["migrated"] = left if inverse is None else left.index_select(1, inverse)
     return out
 
 
 def _rejoin(
-    x: Tensor, waiting: tuple[Tensor, Tensor] | None, order: Tensor | None, grid: tuple[int, int]
+    x: Tensor, waiting: tuple[Tensor, Tensor] | None, inverse: Tensor | None, grid: tuple[int, int]
 ) -> Tensor:
     """All tokens in raster order: those that went through, and those that left, as they were when they did."""
     if waiting is not None:
@@ -205,7 +233,7 @@ def _rejoin(
         x = left_BNC.scatter(1, index, x[:, : stay_BK.shape[1]])
     else:
         x = x[:, : grid[0] * grid[1]]
-    return x if order is None else x.index_select(1, order.argsort())
+    return x if inverse is None else x.index_select(1, inverse)
 
 
 def position_codes(grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.model.acceleration import Windows, attend, run_main_stage
+from stages.model.acceleration import WindowOrder, Windows, attend, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.layers import (
     BiasedLinear,
@@ -164,6 +164,8 @@ class FastITPN(nn.Module):
                 *(Block(config, rate) for rate in rates),
             ]
         )
+        window = config.gathering.window if config.gathering else 0
+        self.window_order = WindowOrder((config.grid, config.grid), window) if window else None
         gathering = config.gathering.tokens if config.gathering else 0
         self.gather_embed = nn.Parameter(torch.zeros(1, gathering, C)) if gathering else None
         for embedding in (self.pos_embed, self.gather_embed):
@@ -228,7 +230,9 @@ class FastITPN(nn.Module):
             return run_block(block, x_BNC, windows, recompute=recompute)
 
         main = self.blocks[depth1 + depth2 + 2 :]
-        out |= run_main_stage(x, main, grid, self.config, self.gather_embed, call, tap, self.training)
+        out |= run_main_stage(
+            x, main, grid, self.config, self.gather_embed, self.window_order, call, tap, self.training
+        )
         out["level16"] = out["tokens"].transpose(1, 2).unflatten(2, grid)
         return out
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.model.acceleration import Windows, attend, position_codes, run_main_stage
+from stages.model.acceleration import WindowOrder, Windows, attend, position_codes, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.layers import StemConv, add_residual, drop_path_rates, init_weights, resize_grid, run_block
 from stages.model.pyramid import Mlp
@@ -120,6 +120,8 @@ class ITPN(nn.Module):
                 *(Block(config, C, rate, main=True, eps=eps) for rate in rates),
             ]
         )
+        window = config.gathering.window if config.gathering else 0
+        self.window_order = WindowOrder((config.grid, config.grid), window) if window else None
         gathering = config.gathering.tokens if config.gathering else 0
         self.gather_embed = nn.Parameter(torch.zeros(1, gathering, C)) if gathering else None
         for embedding in (self.absolute_pos_embed, self.gather_embed):
@@ -174,7 +176,9 @@ class ITPN(nn.Module):
             return run_block(block, x_BNC, grid, codes, windows, recompute=recompute)
 
         main = self.blocks[depth1 + depth2 + 2 :]
-        out |= run_main_stage(x, main, grid, self.config, self.gather_embed, call, tap, self.training)
+        out |= run_main_stage(
+            x, main, grid, self.config, self.gather_embed, self.window_order, call, tap, self.training
+        )
         out["level16"] = out["tokens"].transpose(1, 2).unflatten(2, grid)
         return out
 

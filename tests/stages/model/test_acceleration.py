@@ -17,6 +17,7 @@ from stages.model import (
 )
 from stages.model import acceleration as room
 from stages.model.acceleration import (
+    WindowOrder,
     Windows,
     attend,
     choose,
@@ -273,6 +274,18 @@ def test_compiled_equals_eager(backend):
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_the_order_of_windows_is_kept_with_the_model_and_not_with_its_weights(monkeypatch):
+    _, model = pair("fast_itpn", gathering=GatheringConfig(window=4, tokens=2))
+    expected, other = model(IMAGE)["tokens"], model(IMAGE[..., :80])["tokens"]
+    assert not any("window_order" in name for name in model.state_dict())
+    monkeypatch.setattr(room, "window_order", lambda *a: pytest.fail("made in the forward pass"))
+    assert torch.equal(model(IMAGE)["tokens"], expected)
+    monkeypatch.undo()
+    assert torch.equal(model(IMAGE[..., :80])["tokens"], other)  # another grid
+    assert model.to("meta").window_order.order.device.type == "meta"
+
+
 def test_main_stage_needs_no_image():
     """`run_main_stage` is a plain function of tokens: what the blocks get has static shapes."""
     lengths = []
@@ -283,6 +296,7 @@ def test_main_stage_needs_no_image():
 
     settings = config(migration=MigrationConfig(after_block=2), gathering=GatheringConfig(window=4, tokens=2))
     embed = torch.zeros(1, 2, 64)
-    run_main_stage(torch.randn(1, 36, 64), [None] * 4, (6, 6), settings, embed, call, None, False)
+    order = WindowOrder((6, 6), 4)
+    run_main_stage(torch.randn(1, 36, 64), [None] * 4, (6, 6), settings, embed, order, call, None, False)
     whole, half = ((1, 16), (2, 8), (1, 4)), ((1, 8), (2, 4), (1, 2))
     assert lengths == [(38, whole, 36)] * 2 + [(20, half, 18)] * 2
