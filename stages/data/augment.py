@@ -1,7 +1,8 @@
 """Augmentation on the training device, batched, each sample by numbers of its own.
 
 Random numbers are made on the CPU as functions of (seed, epoch, sample) and copied over, so the same
-samples get the same augmentation on any rank, batch and device. Images are float32 (B, 3, H, W) in [0, 1]
+samples get the same augmentation on any rank, batch and device; only `mix_batch` depends on the batch, whose
+images it pairs. Images are float32 (B, 3, H, W) in [0, 1]
 until `normalise`. Definitions follow torchvision's ColorJitter and timm's Mixup and RandomErasing.
 """
 

@@ -26,9 +26,10 @@ class ShardConfig(Config):
     seed: int = 0  # of the global permutation that assigns images to shards
     shard_samples: int = Field(default=1000, ge=1)  # at most this many images per shard …
     shard_bytes: int | None = Field(default=None, ge=2**16)  # … or, when set, about this many bytes instead
-    # Parquet is read in whole row groups. Each is cut into this many blocks, which the permutation spreads over
-    # the shards: more blocks mix sorted rows better, and each row group is read that many times.
-    parquet_blocks: int = Field(default=1, ge=1)
+    # Parquet is read in whole row groups. Each is cut into blocks, which the permutation spreads over the shards:
+    # more blocks mix sorted rows better, and each row group is read that many times. None: as many as its labels
+    # call for (stages/shard/plan.py); 1: read once, whatever the shards then hold.
+    parquet_blocks: int | None = Field(default=None, ge=1)
     verify: Literal["header", "decode"] = "header"  # what is checked of every image
     max_bad_fraction: float = Field(
         default=0.001, ge=0, le=1

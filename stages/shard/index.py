@@ -7,6 +7,7 @@ stored once, and keys are made when a shard is cut. bench/shard_index.py measure
 from __future__ import annotations
 
 import hashlib
+import re
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.errors import DataInvalid
-from stages.shard.scan import SAMPLES, Listing
+from stages.shard.scan import SAMPLES, SPLIT_WORDS, Listing
 
 _CHUNK = 1 << 16
+_META = re.compile(r"__[^/]*__/")
 _SHOWN = 5  # items named in an error
 
 
@@ -204,6 +206,10 @@ class _Layout:
         skip = int(wrapped and (bool(seconds & set(split_names)) or deep))
         self.has_splits = prefixed or bool((seconds if skip else firsts) & set(split_names))
         self.skip, self.strip = skip, skip + self.has_splits
+        # `validation/` beside `train/` is `val`, unless that is there too.
+        present = seconds if skip else firsts
+        words = {name: SPLIT_WORDS.get(name.lower(), name) for name in present - set(split_names)}
+        self.aliases = {name: split for name, split in words.items() if split not in present}
         parsed = [self.parse(folder) for folder in folders]
         self.classes = [class_name for _, class_name in parsed]
         self.split_ids = np.array(
@@ -216,6 +222,7 @@ class _Layout:
         split = 0
         if self.has_splits:
             name = parts[self.skip] if len(parts) > self.skip else ""
+            name = self.aliases.get(name, name)
             split = self.split_names.index(name) if name in self.split_names else -1
         return split, parts[self.strip] if len(parts) > self.strip else None
 
@@ -232,7 +239,12 @@ def _from_folders(
             f"{uri} holds images, but none in a class folder",
             expected="<split>/<class>/image or <class>/image",
             found="/".join(filter(None, (table.folders[table.folder[0]], table.names(np.array([0]))[0]))),
-            remedy="sort the images into one folder per class",
+            remedy="sort the images into one folder per class"
+            + (
+                "; if a class bears the name of a split, set `splits` to other names"
+                if layout.has_splits
+                else ""
+            ),
         )
     first = min(split for split, _ in used)
     classes = sorted(str(name) for split, name in used if split == first)
@@ -293,7 +305,10 @@ def _stripped(folder: str, strip: int) -> str:
 def _key(folder: str, name: str) -> str:
     """The sample's key. Dots would end it for readers of WebDataset tars."""
     stem = name.rpartition("/")[2].rpartition(".")[0]
-    return f"{folder}/{stem}".replace(".", "_") if folder else stem.replace(".", "_")
+    key = f"{folder}/{stem}".replace(".", "_") if folder else stem.replace(".", "_")
+    if key.startswith("__") and _META.match(key):
+        return key[1:]  # webdataset would take it for its own and skip it
+    return key
 
 
 def _hashes(table: Table, strip: int) -> np.ndarray:

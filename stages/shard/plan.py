@@ -50,25 +50,40 @@ def plan_shards(index: SourceIndex, source: Source, config: ShardConfig) -> list
     return planned
 
 
-def _in_blocks(index: SourceIndex, rows: np.ndarray, order: np.ndarray, blocks: int) -> np.ndarray:
+def _in_blocks(index: SourceIndex, rows: np.ndarray, order: np.ndarray, given: int | None) -> np.ndarray:
     """The permutation with the rows of each block of a row group together, blocks where their first row was.
 
-    A row group is cut at random into `blocks` blocks, so a shard that takes whole blocks reads few row groups.
+    A row group is cut at random into blocks (`given`, or as many as its labels call for), so a shard that takes
+    whole blocks reads few row groups.
     """
     group = np.zeros(len(rows), np.int64)
     if index.table.aux is not None:
         group = np.asarray(index.table.aux)[rows].astype(np.int64)
     container = np.asarray(index.table.container)[rows].astype(np.int64)
     _, ids = np.unique((container << 32) | group, return_inverse=True)
+    blocks = _blocks(ids, index.labels[rows]) if given is None else np.full(ids.max() + 1, given)
     permuted = ids[order]
     by_group = np.argsort(permuted, kind="stable")
     begins = np.flatnonzero(np.diff(permuted[by_group], prepend=-1))
     counts = np.diff(begins, append=len(rows))
     rank = np.empty(len(rows), np.int64)
     rank[by_group] = np.arange(len(rows)) - np.repeat(begins, counts)
-    block = permuted * blocks + rank * blocks // counts[permuted]
+    block = permuted * blocks.max() + rank * blocks[permuted] // counts[permuted]
     _, first, inverse = np.unique(block, return_index=True, return_inverse=True)
     return order[np.argsort(first[inverse], kind="stable")]
+
+
+def _blocks(ids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """int64 blocks per row group: how many times fewer classes it holds than as many rows drawn at random would.
+
+    One for a group of shuffled rows (of at least half of the classes expected), one for each row, nearly, when
+    a group holds a single class of many.
+    """
+    rows = np.bincount(ids)
+    classes, numbers = np.unique(labels, return_inverse=True)
+    held = np.bincount(np.unique(ids.astype(np.int64) * len(classes) + numbers) // len(classes))
+    expected = len(classes) * -np.expm1(rows * np.log1p(-1 / max(len(classes), 2)))
+    return np.where(2 * held >= expected, 1, np.minimum(rows, np.ceil(expected / held))).astype(np.int64)
 
 
 def samples_of(index: SourceIndex, shard: PlannedShard) -> Samples:

@@ -22,11 +22,20 @@ from cluster import storage
 from cluster.errors import DataInvalid
 from cluster.range_file import RangeFile
 from stages.shard import parquet
-from stages.shard.truth import VAL_IMAGE
+from stages.shard.truth import VAL_IMAGE, WNID
 
 FOLDER, TAR, ZIP, PARQUET = "folder", "tar", "zip", "parquet"
 TREE, CLASS, VAL, SAMPLES = "tree", "class", "val", "samples"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# What folders and archives call the splits.
+SPLIT_WORDS = {
+    "train": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "dev",
+    "test": "test",
+}
 _CHUNK = 1 << 16
 # Headers of a local tar are 100 KB apart, so a small buffer skips the images; a store answers a request no
 # sooner than it sends 1 MB, so there the images between two headers are read and dropped.
@@ -77,7 +86,7 @@ class Listing:
         folder, _, name = path.rpartition("/")
         if not is_image(name):
             self.ignored += 1
-            self.folders.append(folder)
+            self.add_folder(folder)
             return
         if not path.isascii():
             self._refuse_bytes(path)
@@ -85,6 +94,11 @@ class Listing:
         self.offset.append(offset)
         self.size.append(size)
         self.aux.append(aux)
+
+    def add_folder(self, path: str) -> None:
+        """Note a folder that may hold no image; the one of macOS's resource forks is none of the data set's."""
+        if "__MACOSX" not in path.split("/"):
+            self.folders.append(path)
 
     def _refuse_bytes(self, path: str) -> None:
         try:
@@ -236,10 +250,11 @@ def _list_tar(unit: Unit) -> Listing:
     where = unit["uri"] if not unit["offset"] else f"{unit['name']} inside {unit['uri']}"
     found = Listing(unit)
     labels: dict[str, int] = {}
+    described: set[str] = set()  # stems of files that other tools write beside each image
     with open_tar(unit["uri"], unit["offset"], unit["size"]) as file:
         for member in members(file, where):
             if member.isdir():
-                found.folders.append(found.safe(member.name))
+                found.add_folder(found.safe(member.name))
             elif member.name.endswith(".cls") and member.size <= _LABEL_BYTES:
                 file.seek(member.offset_data)
                 labels[found.safe(member.name)[:-4]] = _label(file.read(member.size), member.name, where)
@@ -250,15 +265,31 @@ def _list_tar(unit: Unit) -> Listing:
                     remedy="unpack the outermost tar",
                 )
             else:
+                if member.name.endswith((".json", ".txt")):
+                    described.add(member.name.rpartition(".")[0])
                 found.add(member.name, unit["offset"] + member.offset_data, member.size)
     if labels:
         _as_samples(found, labels, where)
-    elif found.paths and not any("/" in path for path in found.paths):
-        if all(VAL_IMAGE.fullmatch(path) for path in found.paths):
-            found.kind = VAL
-        elif not unit["lone"]:
-            found.kind = CLASS
+    elif described and (bare := next((p for p in found.paths if p.rpartition(".")[0] in described), None)):
+        raise DataInvalid(
+            f"{where} holds samples without a class: {bare!r} has a .json or .txt beside it, but no .cls",
+            expected="a .cls member with the class number for each image, or images alone",
+            remedy="write the class numbers into the tars; captions (img2dataset) are no labels",
+        )
+    elif _is_val(found.paths):
+        found.kind, found.folders = VAL, []
+        found.paths = [path.rpartition("/")[2] for path in found.paths]
+    elif found.paths and not unit["lone"] and not any("/" in path for path in found.paths):
+        found.kind = CLASS
     return found
+
+
+def _is_val(paths: list[str]) -> bool:
+    """Whether these are ILSVRC2012's validation images in one heap, bare or in a folder around them."""
+    folders = {path.rpartition("/")[0] for path in paths}
+    if len(folders) != 1 or WNID.fullmatch(folders.pop().rpartition("/")[2]):
+        return False
+    return all(VAL_IMAGE.fullmatch(path.rpartition("/")[2]) for path in paths)
 
 
 def _as_samples(found: Listing, labels: dict[str, int], where: str) -> None:
@@ -297,7 +328,7 @@ def _list_zip(unit: Unit) -> Listing:
             for info in archive.infolist():
                 kind = (info.external_attr >> 16) & 0o170000
                 if info.is_dir():
-                    found.folders.append(found.safe(info.filename))
+                    found.add_folder(found.safe(info.filename))
                     continue
                 if kind not in (0, 0o100000) or info.flag_bits & 1 or info.compress_type not in (0, 8):
                     raise DataInvalid(

@@ -22,12 +22,14 @@ from pathlib import Path
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
 from stages.context import StageContext
+from stages.data.manifest import load_manifest, resolve
 from stages.shard import truth
 from stages.shard.scan import (
     CLASS,
     FOLDER,
     PARQUET,
     SAMPLES,
+    SPLIT_WORDS,
     TAR,
     TREE,
     VAL,
@@ -42,17 +44,10 @@ from stages.shard.scan import (
     open_tar,
     refuse_unreadable,
 )
+from stages.shard.verify import manifest_of
 
 _ARCHIVES = (".tar", ".zip", ".parquet")
 _COMPRESSED = ((b"\x1f\x8b", "gunzip"), (b"BZh", "bunzip2"), (b"\xfd7zXZ", "unxz"), (b"(\xb5/\xfd", "unzstd"))
-_SPLIT_WORDS = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "dev",
-    "test": "test",
-}
 _DEPTH = 3  # folders below the source that may hold archives
 _TASK_UNITS, _TASK_BYTES = 64, 4 << 30  # of one listing task
 
@@ -87,10 +82,10 @@ class Source:
         if "_t3" in name:  # ILSVRC2012's dogs of task 3 are in its train tar already
             return None
         for word in re.split(r"[/_.\-\d]+", name.lower()):
-            for split in (word, _SPLIT_WORDS.get(word)):
+            for split in (word, SPLIT_WORDS.get(word)):
                 if split in self.splits:
                     return split
-            if word in _SPLIT_WORDS:
+            if word in SPLIT_WORDS:
                 return None
         return ""
 
@@ -144,6 +139,12 @@ def open_source(uri: str, splits: tuple[str, ...], val_labels: str | None = None
         _add_archives(source, [(uri.rpartition("/")[2], uri)], lone=True)
         source.layout = source.units[0]["kind"]
         return source
+    if shards := _own_shards(uri):
+        source = Source(uri, f"folder of {TAR}", [], [], splits, val_labels)
+        own = [shard for shard in shards if source.split_of(shard[0]) is not None]
+        source.ignored = len(shards) - len(own)
+        _add_archives(source, own, lone=False)
+        return source
     looked = _look(uri, local)
     if looked is None:
         raise DataInvalid(
@@ -157,6 +158,12 @@ def open_source(uri: str, splits: tuple[str, ...], val_labels: str | None = None
     wanted = [name for name in names if source.split_of(name) is not None]
     if not wanted:
         return source
+    if any(name.startswith("attempts/") for name in wanted):
+        raise DataInvalid(
+            f"{uri} is the output of a shard step that has not finished",
+            expected="the output folder of a finished one, whose record names its shards",
+            remedy="finish it, or point `source` elsewhere",
+        )
     source.units = []
     source.ignored = len(names) - len(wanted)
     _add_archives(source, [(name, storage.join(uri, name)) for name in wanted], lone=False)
@@ -177,6 +184,24 @@ def open_source(uri: str, splits: tuple[str, ...], val_labels: str | None = None
     official = any(name.rpartition("/")[2] == "ILSVRC2012_img_train.tar" for name in wanted)
     source.layout = "ilsvrc2012" if official else f"folder of {source.units[0]['kind']}"
     return source
+
+
+def _own_shards(uri: str) -> list[tuple[str, str]]:
+    """Names and URIs of the shards of a data set of ours, by its manifest; [] where there is none.
+
+    Its folder may hold shards of attempts that died, which are no part of it.
+    """
+    for mark in ("record.json", "artifact.json", "manifest.json"):
+        if not storage.exists(at := storage.join(uri, mark)):
+            continue
+        content = storage.read_json(at)
+        artifact = content.get("artifact") or {}
+        if artifact.get("kind") == "dataset" or str(content.get("format", "")).startswith("itpn-shards/"):
+            where = manifest_of(uri)
+            manifest = load_manifest(where)
+            shards = [shard for split in manifest.splits.values() for shard in split.shards]
+            return [(f"{shard.name}.tar", resolve(where, manifest, shard.path)) for shard in shards]
+    return []
 
 
 def _look(uri: str, local: Path | None) -> tuple[list[str], list[str]] | None:

@@ -26,7 +26,7 @@ TEXTS = ("LOC_val_solution.csv", "imagenet_2012_validation_synset_labels.txt")
 _FOLDER = "ILSVRC2012_devkit_t12"
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 _MAX_MEMBER_BYTES = 2**26
-_WNID = re.compile(r"n\d{8}")
+WNID = re.compile(r"n\d{8}")
 VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG", re.IGNORECASE)
 
 
@@ -84,7 +84,7 @@ def load(uri: str) -> GroundTruth:
         wnids = [pair[1].split(" ")[0] for pair in pairs]
     else:
         wnids = [line.strip() for line in lines if line.strip()]
-    wrong = next((item for item in wnids if not _WNID.fullmatch(item)), None)
+    wrong = next((item for item in wnids if not WNID.fullmatch(item)), None)
     if wrong is not None or not wnids:
         raise _unreadable(uri, "WordNet ids such as n01440764", wrong or "an empty file")
     return GroundTruth(wnids, {})

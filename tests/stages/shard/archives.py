@@ -16,7 +16,8 @@ from stages.data.manifest import load_manifest, resolve
 from tests.stages.images import jpeg, picture
 
 META_MAT = Path(__file__).parent / "data/meta.mat"  # written by scipy.io.savemat with the devkit's fields
-WNIDS = ("n01440764", "n01443537", "n02119789")  # ILSVRC2012_ID 1, 2, 3
+WNIDS = ("n01440764", "n01443537", "n02119789")
+LABEL_OF = {2: 0, 3: 1, 1: 2}  # ILSVRC2012_ID -> label: the devkit does not count in the order of the folders
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:

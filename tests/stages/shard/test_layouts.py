@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
 
@@ -14,11 +16,15 @@ from cluster.errors import ConfigError, DataInvalid
 from cluster.resources import Resources
 from stages.artifacts import DatasetRef
 from stages.context import StageContext
-from stages.data.manifest import load_manifest
+from stages.data.manifest import load_manifest, resolve
 from stages.shard.config import ShardConfig
+from stages.shard.index import build_index
+from stages.shard.plan import plan_shards
+from stages.shard.source import open_source
 from stages.shard.stage import run
 from tests.stages.images import jpeg, picture, shard_folder
 from tests.stages.shard.archives import (
+    LABEL_OF,
     META_MAT,
     VAL_CLASSES,
     WNIDS,
@@ -38,7 +44,7 @@ TRAIN = {
     for name, data in class_images(wnid)
 }
 VAL = {
-    f"{WNIDS[number - 1]}/{name[:-5]}": ("jpg", data, number - 1)
+    f"{WNIDS[LABEL_OF[number]]}/{name[:-5]}": ("jpg", data, LABEL_OF[number])
     for (name, data), number in zip(val_images(), VAL_CLASSES, strict=True)
 }
 
@@ -69,7 +75,7 @@ def test_a_val_sorted_into_folders_beside_the_official_train_tar(tmp_path: Path)
     source = official(tmp_path / "in")
     (source / "ILSVRC2012_img_val.tar").unlink()
     for (name, data), number in zip(val_images(), VAL_CLASSES, strict=True):
-        folder = source / "val" / WNIDS[number - 1]
+        folder = source / "val" / WNIDS[LABEL_OF[number]]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     assert contents(shard_folder(source, tmp_path / "out")) == {"train": TRAIN, "val": VAL}
@@ -80,13 +86,13 @@ def _unpacked(folder: Path) -> None:
 
 
 def _csv(folder: Path) -> None:
-    rows = [f"ILSVRC2012_val_{i:08d},{WNIDS[n - 1]} 1 2 3 4 " for i, n in enumerate(VAL_CLASSES, 1)]
+    rows = [f"ILSVRC2012_val_{i:08d},{WNIDS[LABEL_OF[n]]} 1 2 3 4 " for i, n in enumerate(VAL_CLASSES, 1)]
     text = "\n".join(["ImageId,PredictionString", *reversed(rows)])
     (folder / "LOC_val_solution.csv").write_text(text + "\n")
 
 
 def _lines(folder: Path) -> None:
-    text = "".join(f"{WNIDS[number - 1]}\n" for number in VAL_CLASSES)
+    text = "".join(f"{WNIDS[LABEL_OF[number]]}\n" for number in VAL_CLASSES)
     (folder / "imagenet_2012_validation_synset_labels.txt").write_text(text)
 
 
@@ -178,8 +184,8 @@ def _parquet(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 4])
-def test_parquet_as_hugging_face_writes_it(tmp_path: Path, blocks: int) -> None:
+@pytest.mark.parametrize("blocks", [None, 1, 2, 4])
+def test_parquet_as_hugging_face_writes_it(tmp_path: Path, blocks: int | None) -> None:
     ref = shard_folder(_parquet(tmp_path / "in"), tmp_path / "out", shard_samples=6, parquet_blocks=blocks)
     found = contents(ref)
     by_bytes = {data: label for data, _, label in ROWS}
@@ -191,6 +197,28 @@ def test_parquet_as_hugging_face_writes_it(tmp_path: Path, blocks: int) -> None:
     manifest = load_manifest(ref.manifest)
     assert [item.name for item in manifest.classes] == ["tench, Tinca tinca", "goldfish", "fox"]
     assert manifest.source.ignored == 1  # the test set was not asked for
+
+
+@pytest.mark.parametrize(("ordered", "least", "row_groups"), [(True, 14, 200), (False, 10, 2)])
+def test_shards_of_parquet_hold_many_classes_and_of_shuffled_rows_few_row_groups(
+    tmp_path: Path, ordered: bool, least: int, row_groups: int
+) -> None:
+    labels = np.repeat(np.arange(20), 100)  # sorted by class, as a folder is converted
+    if not ordered:
+        np.random.default_rng(0).shuffle(labels)
+    image = jpeg(picture(1, height=8, width=8))
+    source = write_parquet(
+        tmp_path / "a.parquet",
+        [(image, None, int(label)) for label in labels],
+        [str(i) for i in range(20)],
+        100,
+    )
+    config = ShardConfig(name="a", source=str(source), shard_samples=200)
+    opened = open_source(config.source, config.splits)
+    index = build_index(opened.listings(StageContext(out=str(tmp_path))), config.splits, uri=opened.uri)
+    for shard in plan_shards(index, opened, config):
+        assert len(np.unique(index.labels[shard.rows])) >= least
+        assert len(np.unique(np.asarray(index.table.aux)[shard.rows])) <= row_groups
 
 
 def test_parquet_that_holds_no_labelled_images_is_named(tmp_path: Path) -> None:
@@ -299,3 +327,79 @@ def test_images_of_a_split_that_is_not_asked_for_may_lie_beside_archives(tmp_pat
     (source / "test").mkdir()
     (source / "test/a.jpg").write_bytes(jpeg(picture(1)))
     assert contents(shard_folder(source, tmp_path / "out")) == {"train": TRAIN, "val": VAL}
+
+
+@pytest.mark.parametrize("folder", ["", "ILSVRC2012_img_val/", "./val/"])
+def test_a_val_tar_may_have_a_folder_around_its_images(tmp_path: Path, folder: str) -> None:
+    source = official(tmp_path / "in")
+    (source / "ILSVRC2012_img_val.tar").write_bytes(tar_bytes((folder + n, d) for n, d in val_images()))
+    assert contents(shard_folder(source, tmp_path / "out")) == {"train": TRAIN, "val": VAL}
+    alone = shard_folder(source / "ILSVRC2012_img_val.tar", tmp_path / "alone")
+    found = contents(alone)["val"]
+    assert {key: data for key, (_, data, _) in found.items()} == {k: d for k, (_, d, _) in VAL.items()}
+
+
+def test_tars_of_captioned_images_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for shard in range(2):
+        members = [(f"{shard:05d}{i:04d}.{end}", b"x") for i in range(2) for end in ("jpg", "json", "txt")]
+        (source / f"{shard:05d}.tar").write_bytes(tar_bytes(members))
+    with pytest.raises(DataInvalid, match="samples without a class"):
+        shard_folder(source, tmp_path / "out")
+
+
+def test_a_zip_made_on_a_mac_is_read_without_its_resource_forks(image_folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in sorted(image_folder.rglob("*.jpg")):
+            name = path.relative_to(image_folder).as_posix()
+            archive.write(path, name)
+            archive.writestr(f"__MACOSX/{Path(name).parent}/._{path.name}", b"fork")
+        archive.mkdir("__MACOSX/train/class_x")
+    ref = shard_folder(tmp_path / "a.zip", tmp_path / "out")
+    assert contents(ref) == contents(shard_folder(image_folder, tmp_path / "plain"))
+
+
+def test_our_own_output_folder_gives_what_its_manifest_names_and_no_more(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    ref = shard_folder(image_folder, tmp_path / "own", shard_samples=8)
+    dead = tmp_path / "own/attempts/dead/train-000000.tar"
+    dead.parent.mkdir()
+    shutil.copy(Path(ref.manifest).with_name("train-000000.tar"), dead)
+    with pytest.raises(DataInvalid, match="has not finished"):
+        shard_folder(tmp_path / "own", tmp_path / "out")
+    record = {"artifact": ref.model_dump(mode="json")}
+    (tmp_path / "own/record.json").write_text(json.dumps(record))
+    assert contents(shard_folder(tmp_path / "own", tmp_path / "out")) == contents(ref)
+
+
+def test_keys_that_webdataset_would_skip_are_altered(tmp_path: Path) -> None:
+    for name in ("__background__/a.jpg", "_background__/a.jpg", "cat/b.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_bytes(jpeg(picture(len(name))))
+    ref = shard_folder(tmp_path / "in", tmp_path / "out")
+    manifest = load_manifest(ref.manifest)
+    [shard] = manifest.splits["train"].shards
+    path = resolve(ref.manifest, manifest, shard.path)
+    keys = {sample["__key__"] for sample in wds.WebDataset(path, shardshuffle=False)}
+    assert keys == {"_background__/a", "_background__/a~2", "cat/b"}
+    assert [item.wnid for item in manifest.classes] == ["__background__", "_background__", "cat"]
+
+
+def test_a_folder_named_validation_is_val(image_folder: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(image_folder, tmp_path / "in")
+    (source / "val").rename(source / "validation")
+    assert contents(shard_folder(source, tmp_path / "out")) == contents(
+        shard_folder(image_folder, tmp_path / "o")
+    )
+
+
+def test_a_class_that_bears_the_name_of_a_split_is_named(tmp_path: Path) -> None:
+    for name in ("train", "car"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.jpg").write_bytes(jpeg(picture(1)))
+    with pytest.raises(DataInvalid, match="bears the name of a split, set `splits`"):
+        shard_folder(tmp_path / "in", tmp_path / "out")
+    ref = shard_folder(tmp_path / "in", tmp_path / "other", splits=("training", "val"))
+    assert set(contents(ref)["training"]) == {"train/a", "car/a"}
