@@ -11,20 +11,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 
+from cluster import storage
 from cluster.executor import LocalExecutor
 from cluster.resources import Resources
 from stages.artifacts import DatasetRef
-from stages.context import StageContext
+from stages.context import Progress, StageContext
 from stages.data.manifest import load_manifest, resolve
 from stages.shard.config import ShardConfig
 from stages.shard.stage import run
+from stages.shard.ustar import TarWriter
 from tests.stages.images import write_image_folder
 
 _FORK = multiprocessing.get_context("fork")
@@ -42,8 +45,9 @@ def _config(source: Path) -> ShardConfig:
     return ShardConfig(name="killed", source=str(source), shard_samples=6)
 
 
-def _drive(source: Path, out: Path) -> None:
+def _drive(source: Path, out: Path, kill: Kill) -> None:
     os.setsid()
+    kill.install()
     context = StageContext(out=str(out), executor=_Forked(), resources=Resources(workers=2))
     run(_config(source), {}, context)
 
@@ -64,39 +68,96 @@ def _files(ref: DatasetRef) -> dict[str, bytes]:
     return found
 
 
+class Kill(NamedTuple):
+    """SIGKILL of one kind of process at its n-th call of a function, before or after it."""
+
+    victim: str  # "driver" or "worker"
+    owner: Any
+    function: str
+    call: int
+    after: bool
+
+    def install(self) -> None:
+        """In the driver, before it forks its workers."""
+        driver, calls, function = os.getpid(), count(1), getattr(self.owner, self.function)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            due = (os.getpid() == driver) == (self.victim == "driver") and next(calls) == self.call
+            if due and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **options)
+            if due:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(self.owner, self.function, watched)
+
+
+def _seeded_kills() -> list[Kill]:
+    """Ten of a worker (inside a shard, at its publication, at its record), ten of the driver (between tasks, at
+    either index, at the manifest)."""
+    random = Random(4)
+    of_workers = [
+        (TarWriter, "add_pair", 90),
+        (storage, "move_file", 16),
+        (storage, "write_json_exclusive", 16),
+    ]
+    of_driver = [(Progress, "update", 9), (storage, "upload_file", 2), (storage, "write_json_exclusive", 1)]
+    return [
+        Kill(victim, owner, function, random.randint(1, most), random.random() < 0.5)
+        for victim, places in (("worker", of_workers), ("driver", of_driver))
+        for owner, function, most in (places * 4)[:10]
+    ]
+
+
 @pytest.mark.slow
 def test_kills_at_twenty_seeded_instants_change_no_byte(tmp_path: Path) -> None:
     source = write_image_folder(tmp_path / "in", classes=3, train=60, val=4)
-    durations_s = []
-    for name in ("whole", "again"):
-        began = time.monotonic()
-        driver = _FORK.Process(target=_drive, args=(source, tmp_path / name))
-        driver.start()
-        driver.join()
-        durations_s.append(time.monotonic() - began)
     reference = _files(_finish(source, tmp_path / "whole"))
-    random, interrupted = Random(4), 0
-    for trial in range(20):
+    for trial, kill in enumerate(_seeded_kills()):
         out = tmp_path / str(trial)
-        driver = _FORK.Process(target=_drive, args=(source, out))
+        driver = _FORK.Process(target=_drive, args=(source, out, kill))
         driver.start()
-        time.sleep(random.uniform(0.01, 0.9 * min(durations_s)))
-        with suppress(psutil.NoSuchProcess):  # it had finished: the instants cover the end too
-            victims = [psutil.Process(driver.pid)]
-            if trial % 2:  # a worker, where there is one already
-                victims = psutil.Process(driver.pid).children() or victims
-            os.kill(random.choice(victims).pid, signal.SIGKILL)
-        if trial % 4 == 0:  # the workers of a killed driver go on writing while the next run begins
-            ref = _finish(source, out)
-            driver.join()
-        else:
+        if trial % 4:
             driver.join()  # without a limit: the orphans hold the pipe that a limited wait watches
             ref = _finish(source, out)
-        interrupted += driver.exitcode != 0
+        else:
+            while psutil.Process(driver.pid).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.002)
+            ref = _finish(source, out)  # the workers of a killed driver may go on writing meanwhile
+            driver.join()
+        assert driver.exitcode == (-signal.SIGKILL if kill.victim == "driver" else 1), f"{trial}: {kill}"
         with suppress(ProcessLookupError):
             os.killpg(driver.pid, signal.SIGKILL)
-        assert _files(ref) == reference, f"trial {trial}"
-    assert interrupted >= 8  # the others ended just before the signal
+        assert _files(ref) == reference, f"{trial}: {kill}"
+
+
+@pytest.mark.slow
+def test_a_killed_driver_on_ray_loses_nothing_that_was_written(tmp_path: Path) -> None:
+    source, out = write_image_folder(tmp_path / "in", classes=3, train=60, val=4), tmp_path / "out"
+    reference = _files(_finish(source, tmp_path / "whole"))
+    driver = multiprocessing.get_context("spawn").Process(target=_drive_on_ray, args=(source, out))
+    driver.start()
+    driver.join()
+    written = {path.name for path in out.glob("attempts/*/*.tar")}
+    assert driver.exitcode == -signal.SIGKILL and len(written) > 0
+    ref = _finish(source, out)
+    assert _files(ref) == reference
+    with suppress(ProcessLookupError):
+        os.killpg(driver.pid, signal.SIGKILL)
+
+
+def _drive_on_ray(source: Path, out: Path) -> None:
+    from cluster.jobs import RayExecutor, Session
+
+    os.setsid()
+    Kill("driver", Progress, "update", 4, True).install()
+    Session()
+    run(
+        _config(source),
+        {},
+        StageContext(out=str(out), executor=RayExecutor(), resources=Resources(workers=2)),
+    )
 
 
 @pytest.mark.slow
