@@ -138,6 +138,8 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Seconds per image, FLOPs per image and peak bytes of each named variant."""
     gpu, rows = device.type == "cuda", {}
+    if gpu:
+        torch.compiler.reset()  # one piece of code is compiled for eight models at most, and then runs eagerly
     image = torch.randn(batch, 3, pixels, pixels).to(device, torch.bfloat16 if gpu else torch.float32)
     models: dict[str, nn.Module] = {}
     # The naive model is compiled too: the figure is about attention and layout, not about the compiler.
