@@ -15,10 +15,10 @@ from stages.train.config import LoopConfig, OptimiserConfig, ScheduleConfig
 
 
 class MixConfig(Config):
-    """Mixup and CutMix; with both, each is chosen half of the time. 0 turns one off."""
+    """Mixup and CutMix; with both, each is chosen half of the time. 0 turns one off; 1 is uniform."""
 
-    mixup: float = Field(default=0.8, ge=0)
-    cutmix: float = Field(default=1.0, ge=0)
+    mixup: float = Field(default=0.8, ge=0, le=1)  # α of Beta(α, α); above 1 its sampler would not be exact
+    cutmix: float = Field(default=1.0, ge=0, le=1)
 
 
 class FinetuneConfig(LoopConfig):

@@ -34,8 +34,9 @@ class ShardConfig(Config):
     max_bad_fraction: float = Field(
         default=0.001, ge=0, le=1
     )  # more broken images than this: the source is invalid
-    max_file_bytes: int = Field(default=MAX_FILE_BYTES, ge=1)
-    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    # The defaults are what readers of the shards take, too: a higher cap would keep images that nobody can read.
+    max_file_bytes: int = Field(default=MAX_FILE_BYTES, ge=1, le=MAX_FILE_BYTES)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MAX_PIXELS)
     max_side: int | None = Field(default=None, ge=16)  # images with a longer side are shrunk to it, as JPEG …
     quality: int | None = Field(default=None, ge=1, le=100)  # … of this quality (92)
 

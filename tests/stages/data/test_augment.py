@@ -10,9 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from cluster.errors import ConfigError
 from stages.data import augment
+from stages.data.augment import beta
 from stages.data.rand_augment import DRAWS_PER_OPERATION, OPERATIONS, rand_augment
 from stages.data.rng import Purpose
+from stages.finetune.config import MixConfig
 from tests.stages.data.test_decode import clipart  # noqa: F401 (a fixture)
 
 IDS = np.arange(16)
@@ -233,3 +236,16 @@ def test_rand_augment_takes_each_operation_equally_often() -> None:
     counts = np.bincount((draws[:, 0] * len(OPERATIONS)).astype(int))
     assert len(counts) == 15 and counts.min() > 850 and counts.max() < 1150
     assert math.isclose((draws[:, 1] < 0.5).mean(), 0.5, abs_tol=0.02)
+
+
+@pytest.mark.parametrize("field", ["mixup", "cutmix"])
+def test_shares_whose_sampler_would_not_be_exact_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        MixConfig.parse({field: 4.0})
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0])
+def test_shares_have_the_spread_of_their_beta_distribution(alpha: float) -> None:
+    shares = beta(np.random.default_rng(0).random((20_000, 64)), alpha)
+    assert shares.mean() == pytest.approx(0.5, abs=0.01)
+    assert shares.std() == pytest.approx((4 * (2 * alpha + 1)) ** -0.5, rel=0.02)

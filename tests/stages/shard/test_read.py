@@ -7,6 +7,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import webdataset as wds
@@ -191,6 +192,40 @@ def test_odd_images_are_kept_as_they_are_and_read_upright_in_rgb(tmp_path: Path)
         else:
             reference_here = reference
         assert pixels.shape == (60, 80, 3) and np.abs(pixels - reference_here).mean() < 8, sample.key
+
+
+@pytest.mark.parametrize("field", ["max_file_bytes", "max_pixels"])
+def test_caps_beyond_what_readers_take_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        ShardConfig.parse({"name": "a", "source": "b", field: 2**40})
+
+
+@pytest.mark.parametrize("kind", ["official", "folder", "parquet"])
+def test_any_file_system_of_fsspec_is_a_source(tmp_path: Path, kind: str) -> None:
+    source, root = tmp_path / "in", f"memory://{tmp_path.name}-{kind}"
+    source.mkdir()
+    if kind == "official":
+        official(source)
+    elif kind == "folder":
+        for wnid in WNIDS:
+            (source / wnid).mkdir()
+            for name, data in class_images(wnid):
+                (source / wnid / name).write_bytes(data)
+    else:
+        rows = [(data, None, label) for label, wnid in enumerate(WNIDS) for _, data in class_images(wnid)]
+        write_parquet(source / "train-00000-of-00001.parquet", rows, list(WNIDS))
+    memory = fsspec.filesystem("memory")
+    for path in source.rglob("*"):
+        if path.is_file():
+            memory.pipe_file(
+                f"/{tmp_path.name}-{kind}/{path.relative_to(source).as_posix()}", path.read_bytes()
+            )
+    try:
+        there = shard_folder(root, tmp_path / "out", shard_samples=5)  # type: ignore[arg-type]
+    finally:
+        memory.rm(f"/{tmp_path.name}-{kind}", recursive=True)
+    here = shard_folder(source, tmp_path / "here", shard_samples=5)
+    assert there.fingerprint == here.fingerprint and contents(there) == contents(here)
 
 
 def test_quality_without_max_side_is_refused() -> None:
