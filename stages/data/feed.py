@@ -8,6 +8,7 @@ spawned processes do and hand the pixels over in shared memory (torch's DataLoad
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,8 @@ from stages.data.prefetch import Failure, prefetch, shareable
 from stages.data.read_ahead import ReadAhead
 from stages.data.rng import Purpose, mix
 from stages.data.view import EvalView, TrainView
+
+log = logging.getLogger(__name__)
 
 _REPLACEMENTS = 100  # tries to find a sample that decodes before the data set counts as broken
 _SHOWN = 10
@@ -259,6 +262,14 @@ class TrainFeed(_Feed):
             pin_memory,
         )
         if dataset.cached:
+            mean = sum(shard.bytes for shard in dataset.shards) / len(dataset.shards)
+            at_once = int(order.window * len(order.rank_streams(rank, world_size)) * mean)
+            if at_once > dataset.cache_bytes:
+                log.warning(
+                    "rank %d reads shards of %d MB at once, but the cache holds %d MB: they will be fetched "
+                    "again and again; raise data.cache.max_bytes, or lower data.window or data.streams",
+                    rank, at_once >> 20, dataset.cache_bytes >> 20,
+                )  # fmt: skip
             cursors = _cursors(position, end, order.steps_per_epoch)
             self._read_ahead = ReadAhead(dataset, order.copy(), rank, world_size, cursors)
 

@@ -2,8 +2,11 @@
 
 A random crop needs half of an image on average. libjpeg-turbo can skip the inverse transform of rows and
 columns outside a region, but simplejpeg and Pillow do not expose it. The pixels are equal, bit for bit, to
-those of a full decode (nvImageCodec decodes a margin and cuts it), so whether the package is there changes
-the speed and nothing else. It is NVIDIA's, Apache-2.0, and runs without a GPU or CUDA.
+those of a full decode (nvImageCodec decodes a margin and cuts it), for every JPEG that is whole. Damaged ones
+may differ: libjpeg fills what is missing from where it stopped, and which damage is noticed depends on the rows
+that are read. `verify: decode` keeps those that do not decode out of a data set.
+
+The package is NVIDIA's, Apache-2.0, and runs without a GPU or CUDA.
 """
 
 from __future__ import annotations

@@ -118,3 +118,13 @@ def test_shards_are_fetched_ahead_of_need(remote: DatasetRef, tmp_path: Path) ->
         while len(list((tmp_path / "cache").glob("*.tar"))) < 4 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(list((tmp_path / "cache").glob("*.tar"))) == 4, "the last shard is 13 batches away"
+
+
+@pytest.mark.parametrize(("window", "warned"), [(1, False), (2000, True)])
+def test_a_cache_smaller_than_what_is_read_at_once_is_warned_of(
+    remote: DatasetRef, tmp_path: Path, caplog: pytest.LogCaptureFixture, window: int, warned: bool
+) -> None:
+    dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, True))
+    order = Order(dataset.shard_samples, seed=1, streams=2, global_batch=6, window=window)
+    with TrainFeed(dataset, order, VIEW, seed=5, epochs=1):
+        assert ("raise data.cache.max_bytes" in caplog.text) == warned
