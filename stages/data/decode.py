@@ -167,8 +167,8 @@ def _tiff_orientation(tiff: bytes) -> int:
         for entry in range(min(entries, 512)):
             at = directory + 2 + 12 * entry
             tag, kind = struct.unpack_from(order + "HH", tiff, at)
-            if tag == 0x0112 and kind == 3:
-                (value,) = struct.unpack_from(order + "H", tiff, at + 8)
+            if tag == 0x0112 and kind in (3, 4):  # SHORT, and LONG as some writers have it
+                (value,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), tiff, at + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
         pass

@@ -222,6 +222,11 @@ def _unzip(samples: Samples, where: Where, at: int, block: bytes) -> bytes | Bad
             return BadImage(f"zip entry does not inflate: {error}")
     if len(data) != samples["size"][at]:
         return BadImage("zip entry has another size than its directory says")
+    stated = int.from_bytes(block[14:18], "little")
+    if (
+        not block[6] & 8 and zlib.crc32(data) != stated
+    ):  # with bit 3 the header came before the checksum was known
+        return BadImage("zip entry has another checksum than its header says")
     return data
 
 

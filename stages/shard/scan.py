@@ -177,7 +177,8 @@ def members(file: io.BufferedReader, uri: str) -> Iterator[tarfile.TarInfo]:
             end = tar.offset
         # tarfile ends quietly at a damaged header; only a block of zeros is a real end.
         file.seek(end)
-        ended = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        rest = file.read(2 * tarfile.RECORDSIZE)  # padding to a whole record, if anything
+        ended = rest[: tarfile.BLOCKSIZE] == bytes(tarfile.BLOCKSIZE)
     except tarfile.TarError as error:
         raise DataInvalid(
             f"{uri} is not a readable tar: {error}", remedy="check that the file was copied whole"
@@ -187,6 +188,11 @@ def members(file: io.BufferedReader, uri: str) -> Iterator[tarfile.TarInfo]:
             f"{uri} is damaged or cut short at byte {end}",
             expected="a member header or the end-of-archive block",
             remedy="copy the archive again and compare its checksum",
+        )
+    if any(rest):
+        raise DataInvalid(
+            f"{uri} goes on after its end at byte {end}: it was joined from several tars",
+            remedy="put the tars beside each other in a folder, or pack them again as one",
         )
 
 

@@ -253,3 +253,11 @@ def test_without_region_decoding_the_view_is_the_same(
     monkeypatch.setattr(region, "_codec", lambda: None)
     for data, row, expected in zip(clipart, draws, with_regions, strict=True):
         assert np.array_equal(view.render(data, row), expected)
+
+
+def test_an_orientation_written_as_long_is_applied() -> None:
+    tiff = b"II*\0" + struct.pack("<IHHHII", 8, 1, 0x0112, 4, 1, 6)
+    app1 = b"Exif\0\0" + tiff
+    whole = jpeg(picture(1, height=40, width=60))
+    rotated = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(app1) + 2) + app1 + whole[2:]
+    assert probe(rotated).orientation == 6 and decode(rotated, probe(rotated)).shape == (60, 40, 3)

@@ -403,3 +403,24 @@ def test_a_class_that_bears_the_name_of_a_split_is_named(tmp_path: Path) -> None
         shard_folder(tmp_path / "in", tmp_path / "out")
     ref = shard_folder(tmp_path / "in", tmp_path / "other", splits=("training", "val"))
     assert set(contents(ref)["training"]) == {"train/a", "car/a"}
+
+
+def test_tars_joined_into_one_file_are_refused(tmp_path: Path) -> None:
+    parts = [tar_bytes((f"c{i}/{name}", data) for name, data in class_images(WNIDS[i])) for i in range(2)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts))
+    with pytest.raises(DataInvalid, match="joined from several tars"):
+        shard_folder(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_a_zip_entry_with_a_wrong_checksum_counts_as_broken(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in class_images(WNIDS[0]):
+            archive.writestr(f"c/{name}", data)
+    data = bytearray(path.read_bytes())
+    image = class_images(WNIDS[0])[3][1]
+    data[data.index(image) + len(image) // 2] ^= 1
+    path.write_bytes(data)
+    ref = shard_folder(path, tmp_path / "out", max_bad_fraction=0.5)
+    [skipped] = load_manifest(ref.manifest).skipped
+    assert "another checksum" in skipped.reason and ref.splits == {"train": 5}
