@@ -82,7 +82,7 @@ def verify(
 
 
 def manifest_of(uri: str) -> str:
-    """The manifest that `uri` names, itself or through the record of a finished step."""
+    """The manifest that `uri` names, itself or through the record of a finished step, whose sha256 it must have."""
     uri = storage.join(uri)
     if uri.endswith(".json"):
         return uri
@@ -90,6 +90,12 @@ def manifest_of(uri: str) -> str:
         if storage.exists(at := storage.join(uri, mark)):
             artifact = parse_artifact(storage.read_json(at)["artifact"])
             if isinstance(artifact, DatasetRef):
+                if storage.sha256_bytes(storage.read_bytes(artifact.manifest)) != artifact.sha256:
+                    raise DataInvalid(
+                        f"the manifest {artifact.manifest} is not the one that {at} names",
+                        expected=f"sha256 {artifact.sha256}",
+                        remedy="restore it from a copy, or shard the data again",
+                    )
                 return artifact.manifest
             raise ConfigError(
                 f"{uri} is no data set but a {artifact.kind}", remedy="name a shard step's output"

@@ -75,3 +75,7 @@ def test_the_manifest_is_found_through_the_record_of_the_step(dataset: DatasetRe
     record = {"artifact": dataset.model_dump(mode="json")}
     (tmp_path / "out/artifact.json").write_text(json.dumps(record))
     assert manifest_of(str(tmp_path / "out")) == dataset.manifest
+    path = Path(dataset.manifest)
+    path.write_text(path.read_text().replace('"seed":0', '"seed":1'))
+    with pytest.raises(DataInvalid, match="is not the one that"):
+        manifest_of(str(tmp_path / "out"))
