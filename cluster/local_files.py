@@ -219,8 +219,8 @@ def _temporary(path: Path) -> Iterator[Path]:
     temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"
     try:
         yield temporary
-    except FileNotFoundError:
-        if not path.parent.exists():  # somebody deleted it since: writing again makes it again
+    except FileNotFoundError as error:
+        if str(error.filename) == str(temporary):  # its folder was deleted since: writing again makes it again
             raise OSError(errno.EAGAIN, "the folder was deleted meanwhile", str(path.parent)) from None
         raise
     finally:
@@ -237,7 +237,10 @@ def _write(path: Path, data: bytes, *, durable: bool) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a new name in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return  # somebody deleted it since, and the name with it
     try:
         os.fsync(descriptor)
     except OSError as error:
