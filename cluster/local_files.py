@@ -220,7 +220,9 @@ def _temporary(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     except FileNotFoundError as error:
-        if str(error.filename) == str(temporary):  # its folder was deleted since: writing again makes it again
+        if str(error.filename) == str(
+            temporary
+        ):  # its folder was deleted since: writing again makes it again
             raise OSError(errno.EAGAIN, "the folder was deleted meanwhile", str(path.parent)) from None
         raise
     finally:
