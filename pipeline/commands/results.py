@@ -18,8 +18,10 @@ from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import Registry
 from pipeline.registry import compare as comparing
+from pipeline.registry.events import ResultRow
 from pipeline.registry.lineage import lineage
 from pipeline.registry.rows import select
+from pipeline.registry.store import better_first
 from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
@@ -155,11 +157,13 @@ def results_best(
             raise ConfigError(
                 f"results have no field '{by}'", remedy=nearest(by, list(type(best).model_fields))
             )
-        values = {str(getattr(row, by)): getattr(row, by) for row in everything}
-        equal = {"dataset": dataset, "split": split}
-        rows = [
-            registry.best(metric, **(equal | {by: value})) for _, value in sorted(values.items()) if value is not None
-        ]  # fmt: skip
+        groups: dict[str, list[ResultRow]] = {}
+        for row in everything:
+            if getattr(row, by) is not None:
+                groups.setdefault(str(getattr(row, by)), []).append(row)
+        # Like Registry.best: the model as it was trained, where it was measured so.
+        plain = {value: [r for r in found if not r.variant] or found for value, found in groups.items()}
+        rows = [better_first(plain[value])[0] for value in sorted(plain)]
     if as_json:
         found = [row.model_dump(mode="json") for row in rows]
         view.print_json({"ok": True, "root": uri, "best": found if by else found[0]})
@@ -312,6 +316,6 @@ def _cell(fact: dict[str, Any]) -> str:
         f" ± {fact['std']:.2g} ({fact['rows']})" if fact["std"] is not None else ""
     )
     if fact.get("delta") is not None:
-        sure = {True: "", False: " within the spread", None: ""}[fact["clear"]]
+        sure = {True: "", False: " within the spread", None: ", spread unknown"}[fact["clear"]]
         text += f"  [{fact['delta']:+.4g}{sure}]"
     return text

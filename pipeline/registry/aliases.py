@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from cluster import storage
 from cluster.errors import AlreadyExists, ConfigError, ItpnError, NotFound, StorageUnavailable
 from pipeline.registry.deletions import Deletions
-from pipeline.registry.events import CheckpointRow
+from pipeline.registry.events import CheckpointRow, parse
 from pipeline.registry.rules import check_rule
 from pipeline.registry.store import Registry
 from pipeline.version import host
@@ -85,13 +85,13 @@ class Aliases:
     def all(self) -> dict[str, Alias]:
         """Every alias by name."""
         uris = self._registry.ids("aliases").values()
-        found = [Alias.model_validate_json(storage.read_bytes(uri)) for uri in uris]
+        found: list[Alias] = [parse(uri, Alias) for uri in uris]
         return {alias.name: alias for alias in found}
 
     def get(self, name: str) -> Alias | None:
         """The alias, or None when there is none of this name."""
         try:
-            return Alias.model_validate_json(storage.read_bytes(self._uri(name)))
+            return parse(self._uri(name), Alias)
         except NotFound:
             return None
 
@@ -118,7 +118,7 @@ class Aliases:
                 others = {n: a.current.checkpoint_sha256 for n, a in self.all().items()}
                 if alias:
                     others[name] = alias.current.checkpoint_sha256
-                ok, verdict = check_rule(rule, row.checkpoint.sha256, self._registry.results(), others)
+                ok, verdict = check_rule(rule, row.checkpoint.sha256, self._registry.results(), others, name)
                 if not ok:
                     raise RuleRefused(
                         f"{row.step} does not become '{name}'",

@@ -6,7 +6,7 @@ from collections import defaultdict
 from statistics import mean, stdev
 from typing import Any
 
-from cluster.errors import ConfigError, ItpnError
+from cluster.errors import ConfigError, NotFound
 from pipeline.record import Record, differences
 from pipeline.registry.aliases import Aliases
 from pipeline.registry.events import ResultRow
@@ -116,7 +116,10 @@ def _config_diff(registry: Registry, groups: list[list[ResultRow]]) -> list[dict
 
 
 def training_config(registry: Registry, step: str) -> dict[str, Any]:
-    """The configs that an evaluation's weights were trained with: of its checkpoint's step and of that one's `init`."""
+    """The configs that an evaluation's weights were trained with: of its checkpoint's step and of that one's `init`.
+
+    Records that are gone are told as such, in the place of the config.
+    """
     try:
         record: Record = read_record(registry.root, step)
         trained = read_record(registry.root, record.inputs["checkpoint"].step)
@@ -124,8 +127,8 @@ def training_config(registry: Registry, step: str) -> dict[str, Any]:
         if "init" in trained.inputs:
             found["init"] = read_record(registry.root, trained.inputs["init"].step).identity["config"]
         return _leaves(found)
-    except (ItpnError, KeyError):
-        return {}
+    except (NotFound, KeyError):
+        return {"record": f"that of {step}, or one before it, is gone"}
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:

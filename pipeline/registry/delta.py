@@ -109,9 +109,17 @@ def _columns(table: Any) -> list[str]:
 
 
 def _write(deltalake: Any, uri: str, rows: pa.Table, how: dict[str, str], options: dict[str, str]) -> None:
-    """One commit; a store that is busy, or another writer's commit, is met with another try."""
+    """One commit; a store that is busy, or another writer's commit, is met with another try.
+
+    A try whose answer was lost may have arrived, so only rows that are not there are appended again.
+    """
     for attempt in range(TRIES):
         try:
+            if attempt and how["mode"] == "append":
+                there = _arrow(deltalake.DeltaTable(uri, storage_options=options), ["id"])["id"]
+                rows = rows.filter(pc.invert(pc.is_in(rows["id"], there.combine_chunks())))
+                if not rows.num_rows:
+                    return
             deltalake.write_deltalake(uri, rows, storage_options=options, **how)
             return
         except (deltalake.exceptions.CommitFailedError, OSError) as error:

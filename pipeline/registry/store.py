@@ -13,6 +13,7 @@ An event's id is a hash (events.py), so publishing the same record twice adds no
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -130,4 +131,4 @@ def better_first(rows: list[ResultRow]) -> list[ResultRow]:
     if not rows:
         return []
     sign = 1 if rows[0].metric in LOWER_IS_BETTER else -1
-    return sorted(rows, key=lambda row: (sign * row.value, row.created_at))
+    return sorted(rows, key=lambda row: (not math.isfinite(row.value), sign * row.value, row.created_at))

@@ -15,8 +15,10 @@ from pipeline.cli import app
 from pipeline.registry import Registry, ResultRow
 from pipeline.registry.aliases import Aliases, RuleRefused
 from pipeline.registry.compare import compare
+from pipeline.registry.delta import read, sync
 from pipeline.registry.lineage import find, lineage, verify
 from pipeline.registry.rows import select
+from pipeline.registry.rules import check_rule
 from pipeline.runner import Runner
 from tests.pipeline import toys
 
@@ -123,6 +125,53 @@ def test_rule_refuses_what_is_worse_than_production(root: str) -> None:
         == 2
     )
     assert len(aliases.get("production").moves) == 1  # type: ignore[union-attr]
+
+
+def test_rule_names_an_alias_that_exists_or_is_the_one_moved(root: str) -> None:
+    registry = Registry(root)
+    rows = registry.results()
+    worse, better = (
+        next(r.checkpoint_sha256 for r in rows if r.metric == "top1" and r.init == init)
+        for init in ("scratch", "pretrained")
+    )
+    known = {"production": better}
+    for rule in ("toy/val/top1 >= production-0.1", "toy/val/top1>=production - 0.1"):
+        assert not check_rule(rule, worse, rows, known, "production")[0], rule
+        assert check_rule(rule, worse, rows, {}, "production")[0], (
+            "the first promotion has nothing to compare with"
+        )
+    assert check_rule("toy/val/top1 >= production-90", worse, rows, known, "production")[0]
+    with pytest.raises(ConfigError, match="did you mean 'production'"):
+        check_rule("toy/val/top1 >= prodution - 0.1", better, rows, known, "production")
+
+
+def test_an_append_whose_answer_was_lost_adds_nothing_twice(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deltalake
+
+    real, lost = deltalake.write_deltalake, []
+
+    def write(uri: str, *arguments: object, **options: object) -> None:
+        real(uri, *arguments, **options)
+        if not lost:
+            lost.append(uri)
+            raise OSError("connection reset")
+
+    monkeypatch.setattr(deltalake, "write_deltalake", write)
+    sync(root)
+    assert lost
+    ids = read(root, "results")["id"].to_pylist()
+    assert sorted(ids) == sorted(Registry(root).ids("results"))
+
+
+def test_best_by_the_metric_itself_and_by_init(root: str) -> None:
+    done = CliRunner().invoke(app, ["results", "best", "--root", root, "--by", "metric", "--json"])
+    assert done.exit_code == 0 and len(json.loads(done.stdout.splitlines()[-1])["best"]) == 1
+    done = CliRunner().invoke(app, ["results", "best", "--root", root, "--by", "init", "--json"])
+    best = {row["init"]: row["value"] for row in json.loads(done.stdout.splitlines()[-1])["best"]}
+    rows = Registry(root).results(metric="top1")
+    assert best == {init: max(r.value for r in rows if r.init == init) for init in ("pretrained", "scratch")}
 
 
 def test_rollback_goes_back_step_by_step_and_keeps_history(root: str) -> None:
