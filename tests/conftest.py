@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import devstore
+from cluster import devstore, storage
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,12 @@ class S3Server:
     @property
     def url(self) -> str:
         return self.env["AWS_ENDPOINT_URL"]
+
+
+@pytest.fixture(autouse=True)
+def telemetry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that one test took down must not silence the telemetry of the next (storage pauses it for 30 s)."""
+    monkeypatch.setattr(storage, "_telemetry_pause_ends", 0.0)
 
 
 @pytest.fixture(scope="session")

@@ -247,7 +247,13 @@ def test_command_writes_the_report_and_names_its_index(root: str, tmp_path: Path
 
 def test_command_serves_until_it_is_interrupted(root: str) -> None:
     command = [sys.executable, "-m", "pipeline", "serve", "--root", root, "--port", "0", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    # A shell starts background jobs with Ctrl+C ignored, and their children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with server:
         assert server.stdout
         url = json.loads(server.stdout.readline())["url"]
         assert url.startswith("http://127.0.0.1:")
