@@ -70,7 +70,11 @@ def _data(root: str, given: Given, text: str) -> tuple[ShardConfig, str]:
     if step:
         return ShardConfig.parse(read_record(root, step).config), step.split("/")[2]
     name = re.sub(r"\W+", "-", text.rstrip("/").rsplit("/", 1)[-1].split(".")[0]).strip("-").lower()
-    if not text or name.startswith(("ilsvrc2012", "imagenet")):
+    if (
+        not text
+        or name.startswith("ilsvrc2012")
+        or name in ("imagenet", "imagenet-1k", "imagenet1k", "imagenet_1k")
+    ):
         return IMAGENET.model_copy(update={"source": text}), ""
     return ShardConfig(name=name, source=text), ""
 

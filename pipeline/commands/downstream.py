@@ -75,7 +75,7 @@ def finetune(
     name = recipe or (
         f"downstream_{given.size.removeprefix('fast_itpn_')}" if given.size else "downstream_base"
     )
-    if name not in recipes.names():
+    if not recipe and name not in recipes.names():  # a size that has no recipe of its own
         name = "downstream_base"
     module = recipes.load(name)
     config = module.Recipe()

@@ -116,7 +116,7 @@ def fan_out(
             retries=2,
             labels=labels(job),
         )
-        judged = at_size(evaluation, job.resolution, whole_image_from) if job.resolution else evaluation
+        judged = at_size(evaluation, config.backbone.img_size, whole_image_from)
         for kind in weights:
             ending, checkpoint = "", tuned
             if kind == "last" and config.ema_decay > 0:

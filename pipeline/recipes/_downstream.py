@@ -32,8 +32,14 @@ class FromCheckpoints(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
     also: OtherSets = OtherSets()  # further sets to evaluate on
     gpus_per_worker: float = not_identity(1.0, ge=0)  # below 1, jobs of one worker share a GPU
-    cpus_per_worker: float = not_identity(8.0, gt=0)
+    cpus_per_worker: float | None = not_identity(None, gt=0)  # by default 8 beside a GPU, 1 without
     shard_workers: int = not_identity(16, ge=1)
+
+    @property
+    def worker(self) -> Resources:
+        """What one rank of a job gets."""
+        cpus = self.cpus_per_worker or (8.0 if self.gpus_per_worker else 1.0)
+        return Resources(cpus=cpus, gpus=self.gpus_per_worker)
 
 
 class DownstreamRecipe(FromCheckpoints):
@@ -48,12 +54,11 @@ class DownstreamRecipe(FromCheckpoints):
 
 def build_downstream(config: DownstreamRecipe) -> list[Step]:
     """shard, import → one fine-tuning for each job → evaluate."""
-    worker = Resources(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)
     machines = Machines(
         shard=Resources(workers=config.shard_workers),
         pretrain=Resources(),
-        finetune=replace(worker, workers=config.finetune_workers),
-        evaluate=worker,
+        finetune=replace(config.worker, workers=config.finetune_workers),
+        evaluate=config.worker,
     )
     grid = config.grid
     if not grid.checkpoint:

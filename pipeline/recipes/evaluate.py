@@ -29,10 +29,9 @@ class Recipe(FromCheckpoints):
 def build(config: Recipe) -> list[Step]:
     """shard, import → evaluate."""
     data = data_step(config)
-    judge = Resources(cpus=config.cpus_per_worker, gpus=config.gpus_per_worker)
     size = config.evaluate.data.view.size
     judged = [
-        evaluate_step(f"{name}-{size}px", config.evaluate, data, start, config.version, judge)
+        evaluate_step(f"{name}-{size}px", config.evaluate, data, start, config.version, config.worker)
         for name, start in starts(config).items()
     ]
     return also_on(judged, config.also, config.version, Resources(workers=config.shard_workers))

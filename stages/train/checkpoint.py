@@ -112,12 +112,14 @@ class Checkpoints:
                 raise _write_failed(self._header["step"], rank, part)
         infos = [info for part in parts for info in part]
         self.segments = [*self.segments, *(i.model_dump() for i in infos if i.path.startswith(f"{METRICS}/"))]
-        if self.world.rank == 0:
+
+        def commit() -> None:
             self._settle_commit()
-            manifest = self._manifest(infos)
-            self._commit = self._pool.submit(self._store, manifest)
+            self._commit = self._pool.submit(self._store, self._manifest(infos))
             if not self.config.background:
                 self._settle_commit()
+
+        distributed.on_rank_zero(commit)
         self.stalled_s += time.monotonic() - began
 
     def drain(self) -> None:

@@ -85,6 +85,7 @@ class Trainer:
         for name, value in (
             ("the code", source_digest()),
             ("the config", storage.sha256_bytes(storage.canonical_json(self.identity))),
+            ("the settings", storage.sha256_bytes(storage.canonical_json(config.model_dump(mode="json")))),
             ("the data", self.data_fingerprint),
         ):
             distributed.assert_same_on_all_ranks(name, value)

@@ -20,7 +20,7 @@ from tests.stages.images import write_image_folder
 REPOSITORY = Path(__file__).resolve().parents[2]
 # A published width: the heads of others cannot be read off a file without config.
 SMALL = BackboneConfig(img_size=64, embed_dim=384, depths=(1, 1, 2), num_heads=6)
-CPU = ["gpus_per_worker=0", "cpus_per_worker=1", "finetune_workers=1", "shard_workers=1"]
+CPU = ["gpus_per_worker=0", "finetune_workers=1", "shard_workers=1"]
 
 
 def settings(*items: str) -> list[str]:

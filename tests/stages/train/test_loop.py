@@ -50,6 +50,14 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
         "nan": {"nan_at": [3], "loop": loop()},
         "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
+        **{
+            f"gradient {precision} zero{z}": {
+                "bad_gradient_at": [3],
+                "loop": loop(engine={"zero_stage": z, "precision": precision}),
+            }
+            for precision in ("fp32", "bf16")
+            for z in range(4)
+        },
         # Two bad samples on each rank, one of them twice: no rank is over the limit, all together are.
         "bad": {"bad_limit": 2, "bad_at": BAD, "loop": loop()},
         "bad at first": {"bad_limit": 2, "bad_at": BAD[:3], "terminate_at": 5, "loop": loop()},
@@ -144,7 +152,10 @@ def test_full_disk_ends_the_run_and_leaves_the_last_checkpoint_usable(ran):
     assert _hashes(root / "disk full", 8) == _hashes(root / "undisturbed", 8)
 
 
-@pytest.mark.parametrize("name", ["nan", "gradient"])
+GRADIENTS = [f"gradient {precision} zero{z}" for precision in ("fp32", "bf16") for z in range(4)]
+
+
+@pytest.mark.parametrize("name", ["nan", "gradient", *GRADIENTS])
 def test_bad_value_on_one_rank_is_applied_on_none(ran, name):
     result = ran[1][name][0]
     assert result["step"] == 8 and result["optimiser_steps"] == 7
