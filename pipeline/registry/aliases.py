@@ -133,12 +133,21 @@ class Aliases:
     def rollback(self, name: str) -> Alias:
         """Point the alias at what it pointed at before; a second roll-back goes one further back.
 
-        Raises ConfigError when there is nothing before, Deleted or NotFound when its weights are gone.
+        Raises ConfigError when there is nothing before, or when somebody moved the alias since it was looked at;
+        Deleted or NotFound when its weights are gone.
         """
+        seen: list[str] = []
 
         def next_move(alias: Alias | None) -> Move:
             if alias is None:
                 raise ConfigError(f"there is no alias '{name}'", remedy=nearest(name, list(self.all())))
+            seen.append(alias.current.id)
+            if seen[0] != alias.current.id:  # what was to be undone is not the newest move any more
+                raise ConfigError(
+                    f"'{name}' was moved meanwhile, and was not rolled back",
+                    found=f"it points at {alias.current.step}",
+                    remedy=f"itpn checkpoints history {name}, and roll back again if that is still wanted",
+                )
             stack = alias.stack
             if len(stack) < 2:
                 raise ConfigError(

@@ -98,6 +98,10 @@ def verify(registry: Registry, rows: Sequence[CheckpointRow]) -> list[dict[str, 
         except ItpnError as error:
             findings.append({"step": row.step, "path": "record.json", "ok": False, "found": error.message})
             continue
+        if row.checkpoint.sha256 not in {info.sha256 for info in record.files}:
+            # The event is immutable; the record is a file beside the weights.
+            found = f"it names no file with the sha256 of the registry, {row.checkpoint.sha256[:16]}…"
+            findings.append({"step": row.step, "path": "record.json", "ok": False, "found": found})
         for info in record.files:
             uri = storage.join(registry.root, row.step, info.path)
             found = _damage(uri, info.bytes, info.sha256)

@@ -127,6 +127,39 @@ def test_rule_refuses_what_is_worse_than_production(root: str) -> None:
     assert len(aliases.get("production").moves) == 1  # type: ignore[union-attr]
 
 
+def test_rollback_does_not_undo_a_move_that_came_between(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(root)
+    aliases, a, b = Aliases(registry), find(registry, "finetune/a/v1"), find(registry, "finetune/b/v1")
+    aliases.promote(a, "production")
+    aliases.promote(b, "production")
+    real, between = storage.replace_if, []
+
+    def replace_if(uri: str, data: bytes, version: str) -> bool:
+        if not between:
+            between.append(uri)
+            Aliases(registry).promote(a, "production")
+        return real(uri, data, version)
+
+    monkeypatch.setattr(storage, "replace_if", replace_if)
+    with pytest.raises(ConfigError, match="was moved meanwhile"):
+        aliases.rollback("production")
+    alias = aliases.get("production")
+    assert alias and [move.step for move in alias.moves] == [a.step, b.step, a.step]
+
+
+def test_verify_does_not_trust_a_record_that_was_replaced_with_its_weights(root: str) -> None:
+    registry = Registry(root)
+    row = find(registry, "finetune/a/v1")
+    uri = storage.join(root, row.step, "record.json")
+    record = storage.read_json(uri)
+    weights = next(info for info in record["files"] if info["sha256"] == row.checkpoint.sha256)
+    storage.overwrite(row.checkpoint.uri, b"other weights")
+    weights |= {"sha256": storage.sha256_bytes(b"other weights"), "bytes": len(b"other weights")}
+    storage.overwrite(uri, storage.canonical_json(record))
+    [bad] = [finding for finding in verify(registry, [row]) if not finding["ok"]]
+    assert bad["path"] == "record.json" and "names no file with the sha256" in bad["found"]
+
+
 def test_rule_names_an_alias_that_exists_or_is_the_one_moved(root: str) -> None:
     registry = Registry(root)
     rows = registry.results()
