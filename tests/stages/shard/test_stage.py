@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,24 @@ def test_two_workers_write_the_same_bytes_as_one(
     outcome = run(ShardConfig(name="tiny", source=str(image_folder), shard_samples=8), {}, context)
     assert isinstance(outcome.artifact, DatasetRef)
     assert shard_bytes(outcome.artifact) == shard_bytes(tiny_dataset)
+
+
+class Twenty:
+    """Twenty workers at once, whose results come in the order in which they end."""
+
+    def map(self, fn, items, resources):  # type: ignore[no-untyped-def]
+        with ThreadPoolExecutor(resources.workers) as pool:
+            yield from (job.result() for job in as_completed([pool.submit(fn, item) for item in items]))
+
+
+def test_twenty_workers_write_the_same_bytes_as_one(image_folder: Path, tmp_path: Path) -> None:
+    one = shard_folder(image_folder, tmp_path / "one", shard_samples=2)
+    context = StageContext(out=str(tmp_path / "twenty"), executor=Twenty(), resources=Resources(workers=20))  # type: ignore[arg-type]
+    outcome = run(ShardConfig(name="tiny", source=str(image_folder), shard_samples=2), {}, context)
+    assert isinstance(outcome.artifact, DatasetRef)
+    written = shard_bytes(outcome.artifact)
+    assert len(written) > 20 and written == shard_bytes(one)
+    assert outcome.artifact.fingerprint == one.fingerprint
 
 
 def test_webdataset_reads_what_the_source_holds(image_folder: Path, tiny_dataset: DatasetRef) -> None:
