@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import devstore, storage
+from cluster import devstore
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class S3Server:
 @pytest.fixture(autouse=True)
 def telemetry_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """A store that one test took down must not silence the telemetry of the next (storage pauses it for 30 s)."""
-    monkeypatch.setattr(storage, "_telemetry_pause_ends", 0.0)
+    monkeypatch.setattr("cluster.storage.documents._telemetry_pause_ends", 0.0)
 
 
 @pytest.fixture(scope="session")

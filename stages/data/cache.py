@@ -24,7 +24,7 @@ from pathlib import Path
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
-from cluster.local_files import TEMPORARY
+from cluster.storage.local_files import TEMPORARY
 
 _STALE_S = 3600.0  # age of temporary files that nobody claims
 _POLL_S = 0.02  # while the downloads of others fill the cache

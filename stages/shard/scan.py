@@ -20,7 +20,7 @@ from typing import NoReturn, TypedDict
 
 from cluster import storage
 from cluster.errors import DataInvalid
-from cluster.range_file import RangeFile
+from cluster.storage.range_file import RangeFile
 from stages.shard import parquet
 from stages.shard.truth import VAL_IMAGE, WNID
 

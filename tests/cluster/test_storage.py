@@ -133,8 +133,8 @@ def test_writers_and_deleters_of_a_local_tree_do_not_trip_each_other(tmp_path):
 
 
 def test_listing_and_deleting_go_beyond_one_page(seaweedfs_root, monkeypatch):
-    monkeypatch.setattr("cluster.s3_objects.LIST_PAGE", 3)
-    monkeypatch.setattr("cluster.s3_objects.DELETE_BATCH", 4)
+    monkeypatch.setattr("cluster.storage.s3_objects.LIST_PAGE", 3)
+    monkeypatch.setattr("cluster.storage.s3_objects.DELETE_BATCH", 4)
     names = [storage.join(seaweedfs_root, "many", f"{i:04d}") for i in range(10)]
     for name in names:
         storage.overwrite(name, b"")
@@ -160,7 +160,7 @@ def test_trees_survive_the_round_trip(any_root, tmp_path):
 
 
 def test_a_large_file_goes_up_in_parts_and_comes_down_verified(seaweedfs_root, tmp_path, monkeypatch):
-    from cluster import s3_objects
+    from cluster.storage import s3_objects
 
     monkeypatch.setattr(s3_objects, "UPLOAD_PART_BYTES", 5 << 20)
     monkeypatch.setattr(s3_objects, "DOWNLOAD_PART_BYTES", 2 << 20)
@@ -215,7 +215,7 @@ def test_a_writer_that_raises_half_way_publishes_nothing(any_root, tmp_path, mon
         from s3fs import S3FileSystem
 
         monkeypatch.setattr(S3FileSystem, "_upload_file_part_concurrent", broken)
-        monkeypatch.setattr("cluster.s3_objects.UPLOAD_PART_BYTES", 5 << 20)
+        monkeypatch.setattr("cluster.storage.s3_objects.UPLOAD_PART_BYTES", 5 << 20)
     else:
         monkeypatch.setattr(os, "fsync", broken)
     (tmp_path / "big").write_bytes(bytes(11 << 20))

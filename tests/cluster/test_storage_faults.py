@@ -84,8 +84,8 @@ def test_real_stores_pass_the_probe(real_root):
 
 
 def test_an_outage_costs_telemetry_one_attempt_only(moto_root, monkeypatch):
-    monkeypatch.setattr(storage, "TELEMETRY_DEADLINE_S", 0.4)
-    monkeypatch.setattr(storage, "_telemetry_pause_ends", 0.0)
+    monkeypatch.setattr("cluster.storage.documents.TELEMETRY_DEADLINE_S", 0.4)
+    monkeypatch.setattr("cluster.storage.documents._telemetry_pause_ends", 0.0)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     began = time.monotonic()
     for _ in range(100):

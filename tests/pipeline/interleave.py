@@ -16,6 +16,7 @@ import pytest
 
 from cluster import storage
 from cluster.hashing import sha256_bytes
+from cluster.storage import calls, stores
 
 
 class Killed(BaseException):
@@ -23,7 +24,7 @@ class Killed(BaseException):
 
 
 class MemoryStore:
-    """Objects in a dict, with the methods of `cluster.local_files.LocalFiles` that the code here uses."""
+    """Objects in a dict, with the methods of `cluster.storage.local_files.LocalFiles` that the code here uses."""
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, float]] = {}
@@ -140,15 +141,15 @@ class Play:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.store, self.local, self.back = MemoryStore(), threading.local(), threading.Semaphore(0)
-        real = storage._call
+        real = calls.call
 
         def gated(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             if (actor := getattr(self.local, "actor", None)) is not None:
                 actor.pause()
             return real(uri, method, *arguments, **options)
 
-        patch.setattr(storage, "_store", lambda uri: (self.store, storage._normal(uri)))
-        patch.setattr(storage, "_call", gated)
+        patch.setattr(stores, "store_of", lambda uri: (self.store, storage.join(uri)))
+        patch.setattr(calls, "call", gated)
 
     def run(
         self,
@@ -163,11 +164,11 @@ class Play:
         """
         cast = {name: Actor(self, name, *what) for name, what in actors.items()}
         left = list(cast.values())
-        for who, calls in [*schedule, *((0, 10**6) for _ in cast)]:
+        for who, turns in [*schedule, *((0, 10**6) for _ in cast)]:
             if not left:
                 break
             actor = left[who % len(left)]
-            for _ in range(calls):
+            for _ in range(turns):
                 actor.turn()
                 check()
                 if actor.ended:

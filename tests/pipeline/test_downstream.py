@@ -131,7 +131,9 @@ def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None
     assert [s["reused"] for s in judged["steps"] if s["step"].startswith("shard")] == [True]
     assert any(row["metric"] == "top1" for row in judged["results"])
 
-    probed = itpn("evaluate", str(moved), "--root", root, "--data", str(images), *settings("gpus_per_worker=0"))
+    probed = itpn(
+        "evaluate", str(moved), "--root", root, "--data", str(images), *settings("gpus_per_worker=0")
+    )
     assert {row["metric"] for row in probed["results"]} == {"knn_top1", "linear_top1"}, (
         "a backbone has features to judge"
     )

@@ -14,7 +14,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
-from cluster.local_files import TEMPORARY
+from cluster.storage.local_files import TEMPORARY
 from stages.data.cache import ShardCache
 
 
