@@ -1,18 +1,9 @@
-"""DeepSpeed behind a small surface: forward, backward, a step that can be held back, and the state as fragments.
-
-The state of a run (fp32 weights, AdamW moments, optional EMA) is seen as *fragments*: pieces of named
-parameters, each a 1-D view into whatever flat buffer the ZeRO stage keeps on this rank. Checkpoints are made
-of fragments, so they do not depend on the world size or on the stage.
-"""
+"""DeepSpeed behind a small surface: forward, backward, a step that can be held back, and the state as fragments."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import os
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,26 +13,12 @@ from torch import Tensor, nn
 from cluster.distributed import World
 from cluster.errors import ConfigError
 from stages.train.config import EngineConfig, OptimiserConfig
+from stages.train.fragments import Fragment, find_fragments, flat_masters
 from stages.train.optim import GuardedAdamW
+from stages.train.zero import deepspeed_config, demand_compiler, import_deepspeed, quiet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Fragment:
-    """A contiguous piece of one flattened parameter that lives on this rank.
-
-    `tensors` holds fp32 1-D live views of equal length: `master`, `exp_avg`, `exp_avg_sq` and, with EMA, `ema`.
-    `saved_here` is false where another rank writes the same piece (ZeRO-0 keeps everything everywhere).
-    """
-
-    name: str
-    offset: int
-    numel: int
-    tensors: dict[str, Tensor]
-    saved_here: bool = True
-    filled: dict[str, int] = field(default_factory=dict)  # elements read so far, while a checkpoint is loaded
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -92,7 +69,7 @@ class Engine:
                 found=micro,
                 remedy=f"set engine.micro_batch to {max(d for d in range(1, micro + 1) if rank_batch % d == 0)}",
             )
-        deepspeed = _deepspeed(world)
+        deepspeed = import_deepspeed(world)
         if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ConfigError(
                 "precision fp16 does not work on this device",
@@ -108,7 +85,7 @@ class Engine:
                 remedy="set engine.zero_stage=1",
             )
         if config.compile:
-            _demand_compiler(world)
+            demand_compiler(world)
         frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
         names = {id(p): n for n, p in module.named_parameters()}
         module.to(world.device)
@@ -117,11 +94,11 @@ class Engine:
         )
         # Some of DeepSpeed's wrappers take a step with zero gradients while they are built, which would decay weights.
         base.skip = True
-        with _quiet():
+        with quiet():
             wrapped, _, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=base,
-                config=_deepspeed_config(config, world, micro, rank_batch // micro),
+                config=deepspeed_config(config, world, micro, rank_batch // micro),
                 dist_init_required=False,
             )
         base.skip = False
@@ -138,8 +115,10 @@ class Engine:
             frozen=frozen,
             ema_decay=ema_decay,
         )
-        base.ensure_state(engine._flat_masters())
-        engine.fragments = list(engine._find_fragments(names))
+        base.ensure_state(engine._masters())
+        engine.fragments = list(
+            find_fragments(wrapped.optimizer, base, module, names, stage=config.zero_stage, world=world)
+        )
         for fragment in engine.fragments if ema_decay else []:
             fragment.tensors["ema"] = fragment.tensors["master"].clone()
         return engine
@@ -180,7 +159,7 @@ class Engine:
 
     def optimiser_steps(self) -> int:
         """Optimiser steps applied so far (AdamW's own count)."""
-        return int(self.optimiser.state[self._flat_masters()[0]]["step"].item())
+        return int(self.optimiser.state[self._masters()[0]]["step"].item())
 
     def scalars(self) -> dict[str, float | None]:
         """The state that is not in fragments, equal on all ranks: AdamW's step count and fp16's loss scale."""
@@ -193,7 +172,7 @@ class Engine:
 
     def after_load(self, scalars: dict[str, Any]) -> None:
         """Take over `scalars`, and bring the working weights in line with the fragments just filled."""
-        for flat in self._flat_masters():
+        for flat in self._masters():
             self.optimiser.state[flat]["step"].fill_(float(scalars["adam_step"]))
         scaler = self._scaler()
         for key in _SCALER_FIELDS:
@@ -255,147 +234,5 @@ class Engine:
                 1.0 - self.ema_decay,
             )
 
-    def _flat_masters(self) -> list[Tensor]:
-        zero = self.model.optimizer
-        for name in (
-            "fp32_partitioned_groups_flat",
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
-        ):
-            if hasattr(zero, name):
-                return list(getattr(zero, name))
-        if hasattr(zero, "fp32_groups"):
-            return [p for group in zero.fp32_groups for p in group]
-        return [p for group in self.optimiser.param_groups for p in group["params"]]
-
-    def _find_fragments(self, names: dict[int, str]) -> Iterator[Fragment]:
-        zero = self.model.optimizer
-        trainable: list[Any] = [p for p in self.module.parameters() if p.requires_grad]
-        if self.config.zero_stage == 3:
-            for parameter in trainable:
-                group, start, size = zero.grad_position[zero.get_param_id(parameter)]
-                offset = self.world.rank * size
-                numel = min(size, parameter.ds_numel - offset)  # the last rank's part is padded
-                if numel > 0:
-                    flat = zero.fp32_partitioned_groups_flat[group]
-                    yield self._fragment(names[id(parameter)], offset, numel, flat, start)
-        elif self.config.zero_stage > 0:
-            flats = self._flat_masters()
-            for parameter in trainable:
-                mapping = parameter._hp_mapping
-                if mapping is not None:
-                    yield self._fragment(
-                        names[id(parameter)],
-                        mapping.lp_fragment_address.start,
-                        mapping.lp_fragment_address.numel,
-                        flats[mapping.param_group_index],
-                        mapping.hp_fragment_address.start,
-                    )
-        else:
-            pairs: list[tuple[Tensor, Tensor]] = [(p, p) for p in trainable]
-            if hasattr(zero, "fp32_groups"):
-                pairs = [
-                    (weight, master)
-                    for weights, masters in zip(zero.fp16_groups, zero.fp32_groups, strict=True)
-                    for weight, master in zip(weights, masters, strict=True)
-                ]
-            for index, (parameter, master) in enumerate(pairs):
-                fragment = self._fragment(names[id(parameter)], 0, master.numel(), master, 0)
-                fragment.saved_here = index % self.world.world_size == self.world.rank
-                yield fragment
-
-    def _fragment(self, name: str, offset: int, numel: int, flat: Tensor, start: int) -> Fragment:
-        state = self.optimiser.state[flat]
-        sources = {"master": flat.detach(), **{key: state[key] for key in MOMENTS}}
-        views = {key: value.view(-1).narrow(0, start, numel) for key, value in sources.items()}
-        return Fragment(name, offset, numel, views)
-
-
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def _deepspeed_config(config: EngineConfig, world: World, micro: int, accumulation: int) -> dict[str, Any]:
-    gpu = world.device != "cpu"
-    bucket = int(config.bucket_mb * 1e6 / (4 if config.precision == "fp32" else 2))
-    plain = config.zero_stage == 0 and config.precision == "fp32"
-    result: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": micro * accumulation * world.world_size,
-        "gradient_clipping": 0.0 if plain else config.clip_grad,
-        "steps_per_print": 10**12,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": gpu and config.zero_stage > 0,
-            "contiguous_gradients": gpu,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "stage3_param_persistence_threshold": config.zero3_persist_numel,
-        },
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        "fp16": {
-            "enabled": config.precision == "fp16",
-            "loss_scale": 0,
-            "initial_scale_power": 16,
-            "hysteresis": 1,
-        },
-    }
-    if config.zero_stage == 1 and config.precision == "bf16":
-        # Pieces of a step add up in fp32: 8 bits of mantissa lose small gradients.
-        result["data_types"] = {"grad_accum_dtype": "fp32"}
-    return result
-
-
-def _demand_compiler(world: World) -> None:
-    """Raise ConfigError where torch.compile has nothing to make kernels with; it would fail in the first step."""
-    if world.device == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        try:
-            get_cpp_compiler()
-            return
-        except RuntimeError as error:  # InvalidCxxCompiler
-            found = str(error).splitlines()[0]
-    else:
-        from torch.utils._triton import has_triton
-
-        if has_triton():
-            return
-        found = "no triton for this GPU"
-    raise ConfigError(
-        "engine.compile has no compiler to work with",
-        expected="a C++ compiler (CXX) on a CPU, triton on a GPU",
-        found=found,
-        remedy="install it, or set engine.compile=false",
-    )
-
-
-def _deepspeed(world: World) -> Any:
-    """Import DeepSpeed for this device without its chatter and without compiling any op."""
-    kind = "cuda" if world.device.startswith("cuda") else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it, also when it is alone
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with _quiet():
-        import deepspeed
-        import deepspeed.comm
-
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # Its shared-memory all-reduce would be compiled with g++ at the first start (100 s); gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # DeepSpeed's collectives call names that torch 2.13 renamed; one line per call site otherwise.
-        warnings.filterwarnings(
-            "ignore", message=r".*torch.distributed.*is deprecated", category=FutureWarning
-        )
-        deepspeed.comm.init_distributed(
-            dist_backend="nccl" if kind == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
-        )
-    return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what DeepSpeed prints while it starts; warnings of ours go through logging and are not affected."""
-    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
-        yield
+    def _masters(self) -> list[Tensor]:
+        return flat_masters(self.model.optimizer, self.optimiser)

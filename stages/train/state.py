@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.errors import DataInvalid
-from stages.train.engine import Engine, Fragment
+from stages.train.engine import Engine
+from stages.train.fragments import Fragment
 
 COMMON = "common.safetensors"
 
