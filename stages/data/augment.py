@@ -1,8 +1,8 @@
 """Augmentation on the training device, batched, each sample by numbers of its own.
 
 Random numbers are made on the CPU as functions of (seed, epoch, sample) and copied over, so the same
-samples get the same augmentation on any rank, batch and device; only `mix_batch` depends on the batch, whose
-images it pairs. Images are float32 (B, 3, H, W) in [0, 1]
+samples get the same augmentation on any rank, batch and device. `mix_batch` pairs neighbouring rows: see there
+how the pairs stay the same. Images are float32 (B, 3, H, W) in [0, 1]
 until `normalise`. Definitions follow torchvision's ColorJitter and timm's Mixup and RandomErasing.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from cluster.errors import ConfigError
 from stages.data.rng import Purpose, uniform_table
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601-2, as Pillow's convert("L")
@@ -136,14 +137,23 @@ def mix_batch(
     cutmix_alpha: float = 0.0,
     switch_probability: float = 0.5,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): each image with its mirror in the batch.
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019): each image with its neighbour, rows 2j and 2j + 1.
 
-    Image i meets image B-1-i; every sample has its own share λ ~ Beta(α, α) and its own choice between the
-    two (timm's mode "elem"). For CutMix λ is what remains of the image after the rectangle is clipped.
-    `draws_B`: (B, 67): choice, centre of the rectangle, and 64 for λ.
+    A stream gives an even number of successive samples to each global batch and a micro-batch is even
+    (`FinetuneConfig` demands both), so the pairs are the same for every number of ranks and every micro-batch.
+    Every sample has its own share λ ~ Beta(α, α), its own rectangle and its own choice between the two (timm's
+    mode "elem"). For CutMix λ is what remains of the image after the rectangle is clipped.
+    `draws_B`: (B, 67): choice, centre of the rectangle, and 64 for λ. Raises ConfigError when B is odd.
     """
     if not mixup_alpha and not cutmix_alpha:
         return x_BCHW, target_BK
+    if len(x_BCHW) % 2:
+        raise ConfigError(
+            f"mixup and cutmix cannot pair the {len(x_BCHW)} images of a batch",
+            expected="an even number",
+            remedy="an even engine.micro_batch",
+        )
+    partner_B = torch.arange(len(x_BCHW), device=x_BCHW.device) ^ 1
     H, W = x_BCHW.shape[-2:]
     cutting = np.full(len(draws_B), not mixup_alpha)
     if mixup_alpha and cutmix_alpha:
@@ -167,7 +177,8 @@ def mix_batch(
         :, None
     ]
     weight = on_device(share)[:, 0].to(target_BK.dtype)
-    return own * x_BCHW + (1 - own) * x_BCHW.flip(0), weight * target_BK + (1 - weight) * target_BK.flip(0)
+    mixed_BCHW = own * x_BCHW + (1 - own) * x_BCHW[partner_B]
+    return mixed_BCHW, weight * target_BK + (1 - weight) * target_BK[partner_B]
 
 
 def beta(draws_BN: np.ndarray, alpha: float) -> np.ndarray:

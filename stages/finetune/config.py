@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.config import Config
 from stages.data.config import DataConfig
@@ -15,7 +15,11 @@ from stages.train.config import LoopConfig, OptimiserConfig, ScheduleConfig
 
 
 class MixConfig(Config):
-    """Mixup and CutMix; with both, each is chosen half of the time. 0 turns one off; 1 is uniform."""
+    """Mixup and CutMix; with both, each is chosen half of the time. 0 turns one off; 1 is uniform.
+
+    They mix a sample with the next of its stream, so `data.streams` times 2 must divide `global_batch`, and
+    `engine.micro_batch` must be even: then what a step sees depends neither on the ranks nor on the micro-batch.
+    """
 
     mixup: float = Field(default=0.8, ge=0, le=1)  # α of Beta(α, α); above 1 its sampler would not be exact
     cutmix: float = Field(default=1.0, ge=0, le=1)
@@ -53,3 +57,28 @@ class FinetuneConfig(LoopConfig):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         return named_backbone(value)
+
+    @model_validator(mode="after")
+    def _pairs_stay_together(self) -> Self:
+        if not (self.mix.mixup or self.mix.cutmix):
+            return self
+        pairs, batch, micro = 2 * self.data.streams, self.global_batch, self.engine.micro_batch
+        why = "mix.mixup and mix.cutmix mix pairs of neighbours"
+        if batch % pairs:
+            below, above = batch // pairs * pairs, -(-batch // pairs) * pairs
+            near = " or ".join(str(n) for n in (below, above) if n)
+            raise ValueError(
+                f"{why}: global_batch must be a multiple of 2 x data.streams = {pairs}, so {near} (found {batch}); "
+                "or lower data.streams, or turn both off with 0"
+            )
+        if micro is not None and micro % 2:
+            even = [n for n in range(2, batch + 1, 2) if batch % n == 0]
+            below, above = (
+                max((n for n in even if n < micro), default=0),
+                min((n for n in even if n > micro), default=0),
+            )
+            near = " or ".join(str(n) for n in (below, above) if n)
+            raise ValueError(
+                f"{why}: engine.micro_batch must be even, so {near} (found {micro}); or turn both off"
+            )
+        return self

@@ -111,7 +111,7 @@ def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None
     root = str(tmp_path / "root")
     flags = settings(
         *CPU, "grid.resolution=[64,96]", "finetune.schedule.epochs=null", "finetune.schedule.steps=2",
-        "finetune.global_batch=6", "finetune.data.streams=2", "finetune.engine.micro_batch=null",
+        "finetune.global_batch=8", "finetune.data.streams=2", "finetune.engine.micro_batch=null",
         "finetune.engine.precision=fp32", "finetune.engine.compile=false", "finetune.data.loader_workers=0",
         "finetune.checkpoint.save_every_steps=2", "finetune.schedule.warmup_steps=1",
     )  # fmt: skip

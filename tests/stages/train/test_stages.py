@@ -42,7 +42,7 @@ def pretrain_config(**changes) -> PretrainConfig:
 def finetune_config(**changes) -> FinetuneConfig:
     return FinetuneConfig.parse(
         {
-            "backbone": BACKBONE, "data": DATA, "global_batch": 6, "ema_decay": 0.5,
+            "backbone": BACKBONE, "data": DATA, "global_batch": 8, "ema_decay": 0.5,
             "schedule": {"steps": 4, "warmup_steps": 1}, "optimiser": {"lr": 1e-3, "layer_decay": 0.8}, **changes,
         }
     )  # fmt: skip
@@ -154,7 +154,7 @@ def test_teacher_whose_grid_does_not_fit_is_refused_before_the_first_step(tiny_d
 def test_view_and_backbone_of_different_sizes_are_refused(tiny_dataset, tmp_path):
     with pytest.raises(ConfigError, match="different image sizes"):
         finetune(
-            finetune_config(data={"view": {"size": 64}}),
+            finetune_config(data={"view": {"size": 64}, "streams": 2}),
             {"data": tiny_dataset},
             StageContext(out=str(tmp_path)),
         )
