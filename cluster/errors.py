@@ -51,6 +51,10 @@ class StepFailed(ItpnError):
     exit_code = 1
 
 
+class WorkerLost(StepFailed):
+    """A process of the step, its node or a peer is gone for a reason that is no error of ours: a restart may help."""
+
+
 class ConfigError(ItpnError):
     """A config value, recipe name, flag or combination of them is not valid."""
 

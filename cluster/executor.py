@@ -14,7 +14,7 @@ from multiprocessing import connection, get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
 
-from cluster.errors import ConfigError, StepFailed
+from cluster.errors import ConfigError, WorkerLost
 from cluster.resources import Resources
 
 
@@ -67,7 +67,7 @@ class LocalExecutor:
                     done, pending = wait(pending, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in done)
             except BrokenProcessPool:
-                raise StepFailed(
+                raise WorkerLost(
                     "a worker process died",
                     remedy="run again: finished work stays; if it repeats, look for an out-of-memory kill (dmesg)",
                 ) from None

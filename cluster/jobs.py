@@ -13,19 +13,20 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 from cluster import distributed
-from cluster.errors import ConfigError, ItpnError, StepFailed, Stopped, StorageUnavailable
+from cluster.errors import ConfigError, Stopped, StorageUnavailable, WorkerLost
+from cluster.losses import Restarts, cause_of, told
 from cluster.resources import Resources, cpu_count
 
 log = logging.getLogger(__name__)
-_WATCH_S = 2.0  # between two looks at whether to stop
+_WATCH_S = 2.0  # between two looks at whether to stop, and two tries to pass an order on
+_TELL_S = 30.0  # an order that cannot be passed on is told again and again, so far apart
 
 
 class Session:
@@ -120,19 +121,13 @@ class Job:
     name: str
 
     def result(self) -> Any:
-        """The task's value; raises the ItpnError it raised, or StepFailed when its process died."""
+        """The task's value; raises the ItpnError it raised, or WorkerLost when its process died."""
         import ray
 
         try:
             return ray.get(self.ref)
-        except ray.exceptions.RayTaskError as error:
-            raise _unwrap(error, self.name) from None
         except ray.exceptions.RayError as error:
-            raise StepFailed(
-                f"the worker process of '{self.name}' died",
-                found=str(error).splitlines()[0],
-                remedy="run again: it resumes; if it repeats, look for an out-of-memory kill (dmesg)",
-            ) from None
+            raise told(error, self.name) from None
 
     def cancel(self) -> None:
         """End the task and its children."""
@@ -148,30 +143,37 @@ class RayExecutor:
     `spec` may hold `timeout_s`, the limit on any collective of a group (a slow or dead rank becomes an error, not a
     hang), and `world_sizes`, the numbers of workers, ascending, among which an elastic group chooses.
 
+    A group that lost a worker is started again, and so is one that met a storage outage; any other error of ours
+    would only come again, and ends it at once. A single worker is the step's task itself: who submitted the task
+    starts it again (`cluster.losses.Restarts` counts for both).
+
     A worker whose node Ray is about to take away, and every worker when the step's task gets SIGTERM, is asked to
     stop (`distributed.request_stop`): training saves and ends with Stopped. After a node's notice the group is started
-    again here, on the nodes that stay; after SIGTERM, Stopped is passed on.
+    again here, on the nodes that stay; after SIGTERM no group is started any more, and Stopped is passed on.
 
     Args:
-        max_restarts: how often in a row a worker group that lost a worker is started again. Errors of our own
-            (`ItpnError`) are deterministic and are not retried, but for a storage outage.
-        settled_s: after a group that worked for so long the count begins anew; a run of weeks meets more faults.
+        max_restarts: how often in a row a group is started again.
+        settled_s: after a group that worked for so long the count begins anew.
         patience_s: how long an elastic group waits for its full size where a smaller one could start.
+        worker_seconds: of each group so far, its workers times the seconds from its start to its end.
     """
 
-    max_restarts: int = 3
-    settled_s: float = 3600.0
+    max_restarts: int = Restarts.most
+    settled_s: float = Restarts.settled_s
     patience_s: float = 30.0
+    worker_seconds: list[float] = field(default_factory=list)
 
     def workers(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
         if resources.workers == 1:
-            return _attended(fn, None, spec)
-        starts = failures = 0
+            return _alone(fn, spec)
+        starts, restarts = 0, Restarts(self.max_restarts, self.settled_s)
         with _StopOrder() as order:
             while True:
                 # A late write of a rank that is still dying must not land among the files of its successor.
                 again = {"attempt": f"{spec['attempt']}-{starts}"} if starts and "attempt" in spec else {}
                 size = self._size(resources, spec, order)
+                if order.given.is_set():
+                    raise Stopped("stopped before the group was started", remedy="run it again")
                 starts, began = starts + 1, time.monotonic()
                 try:
                     return self._group(partial(_attended, fn, order.key), spec | again, resources, size)
@@ -181,11 +183,20 @@ class RayExecutor:
                     log.warning(
                         "the group has saved its state, since a node of it is taken away; it starts again"
                     )
-                except (_WorkerLost, StorageUnavailable) as error:
-                    failures = 1 if time.monotonic() - began > self.settled_s else failures + 1
-                    if failures > self.max_restarts:
+                except WorkerLost as error:
+                    if order.given.is_set():
+                        raise Stopped(
+                            "a worker was lost after the order to stop; what was committed before is kept",
+                            found=error.found,
+                            remedy="run it again: it goes on from the last checkpoint",
+                        ) from None
+                    if not restarts.grant(error, time.monotonic() - began):
                         raise
-                    log.warning("restart %d of %d: %s", failures, self.max_restarts, error)
+                except StorageUnavailable as error:
+                    if order.given.is_set() or not restarts.grant(error, time.monotonic() - began):
+                        raise
+                finally:
+                    self.worker_seconds.append(size * (time.monotonic() - began))
 
     def _size(self, resources: Resources, spec: dict, order: _StopOrder) -> int:
         """The most workers that can be placed now; waits for the fewest that will do."""
@@ -239,7 +250,7 @@ class RayExecutor:
             try:
                 return cast(Any, trainer.fit()).return_value
             except TrainingFailedError as error:
-                raise _group_error(error) from None
+                raise cause_of(getattr(error, "worker_failures", None) or {}, str(error)) from None
 
     def map(self, fn: Callable[[Any], Any], items: Iterable[Any], resources: Resources) -> Iterator[Any]:
         import ray
@@ -305,10 +316,24 @@ class _StopOrder:
     def _pass_on(self) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
+        while not self.given.wait(_WATCH_S):
+            if self._ended.is_set():
+                return
+        began = told = time.monotonic()
         while not self._ended.is_set():
-            if self.given.wait(_WATCH_S):
+            try:
                 _internal_kv_put(self.key, b"")
                 return
+            except Exception as error:  # the head of the cluster is away for a moment, or for good
+                now = time.monotonic()
+                if told == began or now - told >= _TELL_S:
+                    told = now
+                    log.error(
+                        "the order to stop has not reached the workers for %.0f s (%s: %s); they go on working, and "
+                        "it is tried again every %.0f s",
+                        now - began, type(error).__name__, error, _WATCH_S,
+                    )  # fmt: skip
+            self._ended.wait(_WATCH_S)
 
     def __exit__(self, *_: object) -> None:
         from ray.experimental.internal_kv import _internal_kv_del
@@ -316,7 +341,20 @@ class _StopOrder:
         self._ended.set()
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
-        _internal_kv_del(self.key)
+        try:
+            _internal_kv_del(self.key)
+        except Exception as error:  # one small key stays behind; what the group gave must not be lost for it
+            log.warning("the mark %s was not removed: %s", self.key, error)
+
+
+def _alone(fn: Callable[[dict], dict], spec: dict) -> dict:
+    """`fn(spec)` in this process; when its node is taken away, it is WorkerLost with its state saved."""
+    try:
+        return _attended(fn, None, spec)
+    except Stopped as error:
+        if _leaving():
+            raise WorkerLost("the node of the only worker is taken away", found=error.message) from None
+        raise
 
 
 def _attended(fn: Callable[[dict], dict], stop_key: str | None, spec: dict) -> dict:
@@ -336,13 +374,23 @@ def _watch(stop_key: str | None, ended: threading.Event) -> None:
 
     if not ray.is_initialized():  # a plain process that used the executor for one worker
         return
-    node = ray.get_runtime_context().get_node_id()
     while not ended.wait(_WATCH_S):
         try:
-            if node in _draining() or (stop_key and _internal_kv_exists(stop_key)):
+            if _leaving() or (stop_key and _internal_kv_exists(stop_key)):
                 distributed.request_stop()
-        except Exception as error:  # the head of the cluster is away for a moment
+        except Exception as error:  # the head is away for a moment
             log.debug("not known whether to stop: %s", error)
+
+
+def _leaving() -> bool:
+    """Whether Ray takes the node of this process away soon."""
+    import ray
+
+    try:
+        return ray.is_initialized() and ray.get_runtime_context().get_node_id() in _draining()
+    except Exception as error:  # the head of the cluster is away for a moment
+        log.debug("not known whether this node stays: %s", error)
+        return False
 
 
 def _draining() -> set[str]:
@@ -373,31 +421,3 @@ def _knock(address: str | None) -> None:
     host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
-
-
-class _WorkerLost(StepFailed):
-    """A worker of a group ended for a reason that is not an error of ours, so a restart may help."""
-
-
-def _group_error(error: Any) -> ItpnError:
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = {rank: _unwrap(failure, f"rank {rank}") for rank, failure in failures.items()}
-    # When one rank raises, the others fail on their next collective: the error of ours is the cause.
-    for cause in causes.values():
-        if not isinstance(cause, StepFailed):
-            return cause
-    text = "; ".join(f"rank {rank}: {cause.found or cause.message}" for rank, cause in sorted(causes.items()))
-    return _WorkerLost("a worker of the group was lost", found=text or str(error).splitlines()[-1])
-
-
-def _unwrap(error: BaseException, name: str) -> ItpnError:
-    """The ItpnError inside whatever Ray wrapped it in, else StepFailed with the end of the traceback."""
-    seen: BaseException | None = error
-    while seen is not None:
-        # Ray's wrapper poses as the class it wraps, so the cause is asked first.
-        inner = getattr(seen, "cause", None)
-        if inner is None and isinstance(seen, ItpnError):
-            return seen
-        seen = inner or seen.__cause__
-    lines = str(error).strip().splitlines() or traceback.format_exception_only(error)
-    return StepFailed(f"'{name}' failed", found="\n            ".join(line.rstrip() for line in lines[-12:]))

@@ -14,7 +14,7 @@ import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from cluster.errors import StepFailed
+from cluster.errors import WorkerLost
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -25,7 +25,7 @@ _POLL_S = 0.02
 def open_store(rank: int, world_size: int, timeout_s: float) -> Store | None:
     """The store of this start under torchrun; None where the group has a store to itself anyway.
 
-    Raises StepFailed when the other ranks have not come within `timeout_s`.
+    Raises WorkerLost when the other ranks have not come within `timeout_s`.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or world_size == 1:
         return None
@@ -78,8 +78,8 @@ def agree_on_name(store: Store, rank: int, world_size: int, timeout_s: float) ->
     return word
 
 
-def _absent(who: str, seconds: float) -> StepFailed:
-    return StepFailed(
+def _absent(who: str, seconds: float) -> WorkerLost:
+    return WorkerLost(
         f"{who} not come within {seconds:.0f} s",
         expected="all ranks of the group",
         remedy="look at the logs of those ranks; run again: training resumes from its last checkpoint",

@@ -31,9 +31,11 @@ from cluster.errors import (
     StepFailed,
     Stopped,
     StorageUnavailable,
+    WorkerLost,
 )
 from cluster.jobs import RayExecutor, Session
 from cluster.lease import Lease
+from cluster.losses import Restarts
 from pipeline import record as records
 from pipeline.record import InputRef, Record
 from pipeline.registry import Registry, RunRow
@@ -234,31 +236,38 @@ class Runner:
 
         prefix = storage.join(step.output(self.root), "lease")
         with Lease.acquire(prefix, ttl_s=LEASE_S, wait_s=None if self._wait else 0, on_wait=waiting) as lease:
-            for attempt in range(step.retries + 1):
+            tries = retries = 0
+            restarts = Restarts()
+            while True:
                 if (finished := records.load(self.root, step)) is not None:
-                    self.status[step.id].reused = attempt == 0
+                    self.status[step.id].reused = tries == 0
                     self._publish(finished)
                     return finished
                 if self._stopping.is_set():
                     raise self._stopped(step)
                 records.begin(self.root, step)
-                self._set(step, State.RUNNING, note=f"attempt {attempt + 1}" if attempt else "")
+                tries, began = tries + 1, time.monotonic()
+                self._set(step, State.RUNNING, note=f"attempt {tries}" if tries > 1 else "")
                 try:
                     self._claim_inputs(step)
                     return self._attempt(step, lease)
-                except (StepFailed, StorageUnavailable, Stopped) as error:
+                except (WorkerLost, StorageUnavailable, Stopped) as error:
                     # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
                     if self._stopping.is_set():
                         raise self._stopped(step) from None
-                    if attempt == step.retries:
+                    # A single worker is the task itself: it gets here the restarts that a group gets in its task.
+                    alone = step.resources.workers == 1 and not isinstance(error, Stopped)
+                    if alone and restarts.grant(error, time.monotonic() - began):
+                        continue
+                    if retries == step.retries:
                         self._write_failure(step, error)
                         raise
+                    retries, restarts = retries + 1, Restarts()
                 except StoppedEarly:
                     raise
                 except Exception as error:
                     self._write_failure(step, error)
                     raise
-        raise AssertionError("unreachable: an attempt returns or raises")
 
     def _claim_inputs(self, step: Step) -> None:
         """Keep gc from the weights that the step needs; its plan, written before, is the reference.
@@ -284,8 +293,7 @@ class Runner:
         storage.delete(storage.join(context.out, "failure.json"))
         inputs = {name: self._artifact(needed) for name, needed in step.inputs.items()}
         started = datetime.now(UTC)
-        wall_s, outcome = self._follow(step, lease, inputs, context)
-        workers = step.resources.workers
+        wall_s, worker_s, outcome = self._follow(step, lease, inputs, context)
         record = Record(
             step=step.id,
             fingerprint=step.fingerprint,
@@ -302,12 +310,12 @@ class Runner:
             code_version=code_version(),
             libraries=library_versions(),
             host=host(),
-            workers=workers,
+            workers=step.resources.workers,
             started_at=started.isoformat(timespec="seconds"),
             finished_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             wall_s=round(wall_s, 3),
-            cpu_seconds=round(wall_s * workers * step.resources.cpus, 3),
-            gpu_seconds=round(wall_s * workers * step.resources.gpus, 3),
+            cpu_seconds=round(worker_s * step.resources.cpus, 3),
+            gpu_seconds=round(worker_s * step.resources.gpus, 3),
         )
         lease.check()
         try:
@@ -322,8 +330,9 @@ class Runner:
 
     def _follow(
         self, step: Step, lease: Lease, inputs: dict[str, Artifact], context: StageContext
-    ) -> tuple[float, Outcome]:
-        """Run the stage as a task; returns the seconds it ran (not those it queued) and its outcome.
+    ) -> tuple[float, float, Outcome]:
+        """Run the stage as a task; returns the seconds it ran (not those it queued), those of all its workers together,
+        and its outcome.
 
         Whatever ends the waiting ends the task: no two attempts of a step are ever alive together.
         """
@@ -345,7 +354,7 @@ class Runner:
             self._session.wait([job], timeout_s=30.0)
             raise
         result = job.result()
-        return result["wall_s"], Outcome.model_validate(result["outcome"])
+        return result["wall_s"], result["worker_s"], Outcome.model_validate(result["outcome"])
 
     def _publish(self, record: Record) -> None:
         """Write the record's events; an outage here is no failure of the step: the next run publishes them."""
@@ -428,7 +437,14 @@ def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageCo
     """The body of a step's Ray task."""
     began = time.monotonic()
     outcome = fn(config, inputs, context)
-    return {"wall_s": time.monotonic() - began, "outcome": outcome.model_dump()}
+    wall_s = time.monotonic() - began
+    # An elastic group may have been of several sizes; without a group all workers were held all the time.
+    groups_s = context.executor.worker_seconds if isinstance(context.executor, RayExecutor) else []
+    return {
+        "wall_s": wall_s,
+        "worker_s": sum(groups_s) or wall_s * context.resources.workers,
+        "outcome": outcome.model_dump(),
+    }
 
 
 def _defect(step: Step, error: Exception) -> StepFailed:

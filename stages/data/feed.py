@@ -217,7 +217,7 @@ class TrainFeed(_Feed):
         max_bad_fraction: distinct undecodable samples that may be met, as a share of the data set. A feed sees
             its own rank since `start`; `bad_limit` is for the loop, which counts all ranks over the whole run.
 
-    Raises (when iterated): DataInvalid with the list once more samples are bad; StepFailed when a loader
+    Raises (when iterated): DataInvalid with the list once more samples are bad; WorkerLost when a loader
     process dies.
     """
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cluster.errors import StepFailed
+from cluster.errors import StepFailed, WorkerLost
 
 _PATIENCE_S = 5.0
 _AHEAD = 2  # results that wait, per thread or process
@@ -71,7 +71,7 @@ def prefetch(
 
     With `workers=0` one thread runs two results ahead. With more, `function` is pickled to that many
     spawned processes, which run one torch thread each and hand tensors over in shared memory; one that
-    dies (killed for memory, say) makes `next` raise StepFailed.
+    dies (killed for memory, say) makes `next` raise WorkerLost.
     """
     if workers == 0:
         return _in_thread(function, arguments, pin_memory)
@@ -167,7 +167,7 @@ def _in_processes(
             # processes, or a broken socket where a dead one still had a tensor to hand over.
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            raise StepFailed(
+            raise WorkerLost(
                 "a data loader process died",
                 found=f"{type(error).__name__}: {error}",
                 remedy="most often it was killed for memory: lower loader_workers, or give the job more; "

@@ -11,6 +11,7 @@ from threading import Thread
 
 import pytest
 
+from cluster import jobs
 from cluster.errors import ConfigError, Stopped
 from cluster.jobs import RayExecutor, Session
 from cluster.resources import Resources
@@ -36,6 +37,7 @@ def steps(spec: dict) -> dict:
     saved = folder / "saved"
     first = step = int(saved.read_text()) if saved.exists() else 0
     (folder / f"rank-{rank}").write_text(f"{os.getpid()} {dist.get_world_size()}")
+    (folder / f"started-{spec['attempt']}").touch()
     while step < spec["steps"]:
         total = torch.tensor([1, int(distributed.stop_requested())])
         dist.all_reduce(total)
@@ -44,6 +46,8 @@ def steps(spec: dict) -> dict:
         if rank == 0:
             (folder / "step").write_text(str(step))
         if total[1]:
+            if spec.get("dies_of_the_order"):
+                os.kill(os.getpid(), signal.SIGKILL)
             if rank == 0:
                 saved.write_text(str(step))
             raise Stopped(f"stopped after step {step}")
@@ -84,6 +88,44 @@ def test_sigterm_to_the_task_of_a_step_lets_the_ranks_save_first(session: Sessio
     with pytest.raises(Stopped, match="stopped after step"):
         job.result()
     assert int((tmp_path / "saved").read_text()) >= 10
+
+
+def test_worker_lost_after_the_order_to_stop_starts_no_new_group(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "steps": 10_000, "attempt": "a", "timeout_s": 60}
+    spec |= {"dies_of_the_order": True}
+    job = session.submit(two, spec, resources=Resources(workers=2), name="two")
+    when(lambda: under_way(tmp_path), lambda: os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM))
+    with pytest.raises(Stopped, match="a worker was lost after the order to stop"):
+        job.result()
+    assert [path.name for path in tmp_path.glob("started-*")] == ["started-a"]
+
+
+def test_order_to_stop_that_cannot_be_passed_on_is_told_and_tried_again(monkeypatch, caplog) -> None:
+    from ray.experimental import internal_kv
+
+    tries: list[bytes] = []
+
+    def put(key: str, value: bytes) -> None:
+        tries.append(value)
+        if len(tries) < 3:
+            raise RuntimeError("the head is away")
+
+    def delete(key: str) -> None:
+        raise RuntimeError("it is away again")
+
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", delete)
+    monkeypatch.setattr(jobs, "_WATCH_S", 0.01)
+    with jobs._StopOrder() as order:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while len(tries) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert order.given.is_set()
+    said = [record.message for record in caplog.records]
+    assert sum("has not reached the workers" in text and "the head is away" in text for text in said) == 1
+    assert any("was not removed" in text for text in said)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.errors import ConfigError, DataInvalid, StepFailed
+from cluster.errors import ConfigError, DataInvalid, StepFailed, WorkerLost
 from cluster.jobs import RayExecutor, Session
 from cluster.resources import Resources
 
@@ -53,6 +53,13 @@ def group(spec: dict) -> dict:
     return RayExecutor().workers(_rank, spec | {"timeout_s": 60}, Resources(workers=2, cpus=0.5))
 
 
+ERRORS: dict[str, Exception] = {
+    "data": DataInvalid("rank 1 met a broken shard", remedy="verify the data set"),
+    "disk": StepFailed("rank 1 could not write the checkpoint", found="No space left on device"),
+    "defect": ValueError("seven is no colour"),
+}
+
+
 def _rank(spec: dict) -> dict:
     import torch
     import torch.distributed as dist
@@ -65,7 +72,7 @@ def _rank(spec: dict) -> dict:
     if spec.get("refuse") and rank == 1:
         with (Path(spec["folder"]) / "tries").open("a") as file:
             file.write("x")
-        raise DataInvalid("rank 1 met a broken shard", remedy="verify the data set")
+        raise ERRORS[spec["refuse"]]
     total = torch.tensor([rank + 1.0])
     dist.all_reduce(total)
     return {"rank": rank, "sum": total.item(), "world": dist.get_world_size()}
@@ -95,7 +102,7 @@ def test_foreign_error_keeps_its_text(session: Session) -> None:
 
 
 def test_killed_task_is_an_error_with_a_remedy(session: Session) -> None:
-    with pytest.raises(StepFailed, match="'vanish' died"):
+    with pytest.raises(WorkerLost, match="'vanish' died"):
         session.submit(vanish, resources=Resources(), name="vanish").result()
 
 
@@ -114,10 +121,19 @@ def test_killed_rank_restarts_the_group(session: Session, tmp_path: Path) -> Non
     assert (tmp_path / "died").exists()
 
 
-def test_error_of_ours_on_one_rank_is_not_retried(session: Session, tmp_path: Path) -> None:
-    spec = {"folder": str(tmp_path), "refuse": True}
-    with pytest.raises(DataInvalid, match="rank 1 met a broken shard"):
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        ("data", DataInvalid, "rank 1 met a broken shard"),
+        ("disk", StepFailed, "rank 1 could not write the checkpoint(.|\n)*No space left"),
+        ("defect", StepFailed, "seven is no colour"),
+    ],
+)
+def test_error_that_a_rank_raised_itself_ends_the_step_at_once(session, tmp_path, error, kind, text) -> None:
+    spec = {"folder": str(tmp_path), "refuse": error}
+    with pytest.raises(kind, match=text) as caught:
         session.submit(group, spec, resources=Resources(workers=2), name="group").result()
+    assert type(caught.value) is kind
     assert (tmp_path / "tries").read_text() == "x"
 
 

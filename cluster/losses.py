@@ -1,0 +1,120 @@
+"""Which errors mean that a worker was lost, so that a new start may mend it, and how many starts are given.
+
+Looks at classes by their names: neither ray nor torch need be installed, or imported, to tell.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from cluster.errors import ItpnError, StepFailed, Stopped, StorageUnavailable, WorkerLost
+
+log = logging.getLogger(__name__)
+
+# What Ray says of its processes and nodes, and torch of a device that fails (out of memory is not among those).
+_GONE = {"RayError", "RayTrainError", "AcceleratorError"}
+# These derive from RayError too, but hold an error of the task's own code, or would come again.
+_NOT_GONE = {
+    "RayTaskError", "UserExceptionWithTraceback", "UserCodeException", "TaskCancelledError",
+    "RuntimeEnvSetupError", "TaskUnschedulableError", "ActorUnschedulableError",
+}  # fmt: skip
+
+
+@dataclass
+class Restarts:
+    """Counts the losses of a group, or of a single worker, and grants new starts.
+
+    Args:
+        most: so many in a row.
+        settled_s: after a start that lived so long the count begins anew; a run of weeks meets more faults.
+    """
+
+    most: int = 3
+    settled_s: float = 3600.0
+    used: int = 0
+
+    def grant(self, error: ItpnError, lived_s: float) -> bool:
+        """Whether there is another start after `error`, which came `lived_s` seconds after the last one."""
+        self.used = 1 if lived_s > self.settled_s else self.used + 1
+        if self.used > self.most:
+            return False
+        log.warning("restart %d of %d: %s", self.used, self.most, error)
+        return True
+
+
+def told(error: BaseException, name: str) -> ItpnError:
+    """`error` as one of ours: the ItpnError inside whatever Ray wrapped it in, if there is one.
+
+    Else WorkerLost when a process, a node, a device or a peer is gone; and StepFailed, with the end of its text, for
+    what the code of `name` raised and we have no class for: a defect, which another start would meet again.
+    """
+    chain = list(_chain(error))
+    # Ray's wrapper poses as the class it wraps; the wrapped error itself comes after it.
+    ours = [link for link in chain if isinstance(link, ItpnError) and getattr(link, "cause", None) is None]
+    if ours:
+        return ours[0]
+    lost = [link for link in chain if _gone(link) or _peer_gone(link)]
+    if lost:
+        return WorkerLost(
+            f"the worker process of '{name}' died" if _gone(lost[-1]) else f"'{name}' lost its peers",
+            found=(str(lost[-1]).strip().splitlines() or [type(lost[-1]).__name__])[0],
+            remedy="run again: it resumes; if it repeats, look for an out-of-memory kill (dmesg)",
+        )
+    lines = str(error).strip().splitlines() or traceback.format_exception_only(error)
+    return StepFailed(f"'{name}' failed", found="\n            ".join(line.rstrip() for line in lines[-12:]))
+
+
+def cause_of(failures: Mapping[int, BaseException], text: str) -> ItpnError:
+    """The error of a group: what is behind those of its ranks.
+
+    When a rank raises or dies, the others fail on their next collective, with errors of several kinds. So an error of
+    ours counts most, among those the ones that another start cannot mend; then a death; then a defect; then broken
+    collectives, which are WorkerLost too.
+
+    Args:
+        failures: by rank; empty when the group as a whole failed.
+        text: what was said of the group.
+    """
+    causes = {rank: told(failure, f"rank {rank}") for rank, failure in sorted(failures.items())}
+
+    def weight(rank: int) -> int:
+        cause, chain = causes[rank], list(_chain(failures[rank]))
+        if any(isinstance(link, ItpnError) for link in chain):
+            return {WorkerLost: 2, Stopped: 3, StorageUnavailable: 4}.get(type(cause), 5)
+        return 2 if any(map(_gone, chain)) else 0 if isinstance(cause, WorkerLost) else 1
+
+    first = max(causes, key=weight, default=None)
+    if first is not None and not isinstance(causes[first], WorkerLost):
+        return causes[first]
+    found = "; ".join(f"rank {rank}: {cause.found or cause.message}" for rank, cause in causes.items())
+    return WorkerLost(
+        "a worker of the group was lost",
+        found=found or (text.strip().splitlines() or ["nothing was said"])[-1],
+        remedy="run again: it resumes; if it repeats, look for out-of-memory kills (dmesg)",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and, one inside the other, those that it was made of."""
+    seen: object = error
+    while isinstance(seen, BaseException):
+        yield seen
+        inner = getattr(seen, "cause", None) or getattr(seen, "health_check_failure", None)
+        seen = inner or seen.__cause__
+
+
+def _gone(error: BaseException) -> bool:
+    """Whether a process, its node or its device failed. A bare RayError stands for one that could not be sent."""
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return type(error).__name__ != "RayError" and bool(names & _GONE) and not names & _NOT_GONE
+
+
+def _peer_gone(error: BaseException) -> bool:
+    """Whether a collective broke, or reached its time limit, since a peer is gone or late."""
+    if any(cls.__name__ == "DistError" for cls in type(error).__mro__):
+        return True
+    # gloo's errors are bare RuntimeErrors that begin with the place in its source.
+    return isinstance(error, RuntimeError) and "gloo" in str(error).lower()

@@ -1,0 +1,87 @@
+"""What is a lost worker, and which of the errors of a group's ranks is told."""
+
+from __future__ import annotations
+
+import pytest
+import ray.exceptions
+import torch
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from cluster.errors import (
+    ConfigError,
+    DataInvalid,
+    ItpnError,
+    StepFailed,
+    Stopped,
+    StorageUnavailable,
+    WorkerLost,
+)
+from cluster.losses import Restarts, cause_of, told
+
+DIED = WorkerHealthCheckFailedError("no answer", ray.exceptions.ActorDiedError())
+BROKEN = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+NCCL = torch.distributed.DistBackendError("NCCL error: remote process exited")
+DEFECT = ValueError("seven is no colour")
+FULL = StepFailed("rank 1 could not write the checkpoint of step 8", found="No space left on device")
+
+
+def from_a_task(error: Exception) -> Exception:
+    """The error as Ray hands it over from a task."""
+    return ray.exceptions.RayTaskError("fn", "Traceback …", error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DIED, BROKEN, NCCL, ray.exceptions.WorkerCrashedError(), ray.exceptions.OutOfMemoryError("killed"),
+        ray.exceptions.ActorUnavailableError("no answer", None), torch.AcceleratorError("the device is gone"),
+        from_a_task(BROKEN), from_a_task(NCCL),
+    ],
+)  # fmt: skip
+def test_gone_processes_devices_and_peers_are_lost_workers(error: Exception) -> None:
+    assert type(told(error, "rank 0")) is WorkerLost
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        DEFECT, from_a_task(DEFECT), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("shapes differ"),
+        ray.exceptions.RuntimeEnvSetupError("no such file"), ray.exceptions.RayError("it is not serializable"),
+    ],
+)  # fmt: skip
+def test_what_would_come_again_is_no_lost_worker(error: Exception) -> None:
+    assert type(told(error, "rank 0")) is StepFailed
+
+
+@pytest.mark.parametrize("error", [FULL, DataInvalid("a"), ConfigError("b"), WorkerLost("c"), Stopped("d")])
+def test_error_of_ours_stays_what_it_is(error: ItpnError) -> None:
+    for wrapped in (error, from_a_task(error)):
+        found = told(wrapped, "rank 0")
+        assert (type(found), str(found)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind"),
+    [
+        ({0: BROKEN, 1: FULL}, StepFailed),
+        ({0: DIED, 1: DataInvalid("a shard is broken")}, DataInvalid),
+        ({0: StorageUnavailable("away"), 1: DataInvalid("a shard is broken")}, DataInvalid),
+        ({0: BROKEN, 1: StorageUnavailable("away")}, StorageUnavailable),
+        ({0: BROKEN, 1: DIED}, WorkerLost),
+        ({0: BROKEN, 1: DEFECT}, StepFailed),
+        ({0: DEFECT, 1: DIED}, WorkerLost),  # what it said of a peer's death may have no class
+        ({0: Stopped("saved"), 1: DIED}, Stopped),
+        ({}, WorkerLost),
+    ],
+)
+def test_cause_goes_before_what_came_of_it(failures: dict[int, Exception], kind: type[ItpnError]) -> None:
+    for order in (failures, dict(reversed(failures.items()))):
+        found = cause_of(order, "the group failed")
+        assert type(found) is kind
+        assert "gloo" not in str(found) or kind is WorkerLost
+
+
+def test_restarts_are_granted_in_a_row_and_anew_after_a_start_that_settled() -> None:
+    restarts = Restarts(most=2, settled_s=100.0)
+    lives = [1.0, 1.0, 101.0, 1.0, 1.0]
+    assert [restarts.grant(WorkerLost("gone"), lived) for lived in lives] == [True, True, True, True, False]
