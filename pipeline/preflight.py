@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster import storage
 from cluster.errors import ItpnError, PreflightError
+from cluster.resources import Resources
+from stages.train.config import LoopConfig
+from stages.train.launch import world_sizes
 
 ANSWER_S = 20.0  # how long a store may take to answer the first question
 
@@ -58,21 +61,34 @@ def demand(requirements: list[Requirement]) -> None:
         raise PreflightError(f"{count} missing:\n" + "\n".join(lines))
 
 
-def gpus(count: int, address: str | None = None) -> Requirement:
-    """At least `count` GPUs in the Ray cluster at `address`, or on this machine without one."""
+def gpus(wanted: Mapping[str, int], address: str | None = None) -> Requirement:
+    """As many GPUs in the Ray cluster at `address`, or on this machine without one, as its largest step asks for.
+
+    `wanted` maps the settings that ask for GPUs to how many; those that ask for too many are named in the remedy.
+    """
 
     def check() -> str:
         found = _cluster_gpus(address) if address else _local_gpus()
-        if found < count:
+        above = [name for name, count in wanted.items() if count > found]
+        if above:
             raise PreflightError(
-                f"{count} GPUs are needed",
+                f"{max(wanted.values())} GPUs are needed",
                 found=f"{found} {'in the cluster' if address else 'on this machine'}",
                 remedy="run on a GPU machine, join a cluster with --address HOST:PORT (or RAY_ADDRESS), "
-                "or ask for fewer with --set gpus=N",
+                f"or ask for fewer with {' '.join(f'--set {name}=N' for name in above)}",
             )
         return f"{found} GPUs"
 
     return Requirement("GPUs", check, frozenset({"pretrain", "finetune", "evaluate"}))
+
+
+def shares(kind: str, resources: Resources, loop: LoopConfig, streams: int) -> Requirement:
+    """Ranks of a step of `kind` that can share its data and its batch evenly."""
+
+    def check() -> str:
+        return f"{' or '.join(str(n) for n in world_sizes(resources, loop, streams))} ranks"
+
+    return Requirement(f"ranks of {kind}", check, frozenset({kind}))
 
 
 def readable(name: str, uri: str, remedy: str, kind: str) -> Requirement:

@@ -95,7 +95,8 @@ def from_checkpoints_requirements(
     config: FromCheckpoints, gpus: float, address: str | None
 ) -> list[preflight.Requirement]:
     """GPUs for the largest step, the data set, and every checkpoint."""
-    needs = [preflight.gpus(-int(-gpus // 1), address)] if gpus else []
+    setting = "finetune_workers" if isinstance(config, DownstreamRecipe) else "gpus_per_worker"
+    needs = [preflight.gpus({setting: -int(-gpus // 1)}, address)] if gpus else []
     needs.append(
         preflight.readable(
             "data set",

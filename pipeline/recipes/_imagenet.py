@@ -93,9 +93,19 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
 
 
 def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:
-    """GPUs for the largest step, ImageNet, and the teacher."""
+    """GPUs for the largest step, numbers of them that can share the work, ImageNet, and the teacher."""
+    pretrain = Resources(workers=config.gpus, min_workers=config.min_gpus)
+    finetune = Resources(workers=config.finetune_gpus)
     return [
-        preflight.gpus(max(config.min_gpus or config.gpus, config.finetune_gpus), address),
+        preflight.gpus(
+            {
+                "gpus" if config.min_gpus is None else "min_gpus": config.min_gpus or config.gpus,
+                "finetune_gpus": config.finetune_gpus,
+            },
+            address,
+        ),
+        preflight.shares("pretrain", pretrain, config.pretrain, config.pretrain.data.streams),
+        preflight.shares("finetune", finetune, config.finetune, config.finetune.data.streams),
         preflight.readable(
             "data set",
             config.data.source,

@@ -3,7 +3,8 @@
     make pretrain-large ROOT=s3://bucket/itpn IMAGENET=s3://bucket/ILSVRC2012.tar TEACHER=/weights/ViT-L-14.pt
     (or: itpn run pretrain_large --root … --address auto --set gpus=64 …)
 
-Hardware: 8 or more GPUs with 80 GB; `--set gpus=N` for another number, at any time, also between restarts.
+Hardware: 8 or more GPUs with 80 GB; `--set gpus=N` for another divisor of 64, at any time, also between restarts
+(more than 64 need `--set pretrain.data.streams=N` from the start); `--set finetune_gpus=N` for each fine-tuning.
 Hours of pre-training, computed and not measured: 749 GFLOP (student forward and backward, teacher) x 1.281 M images
 x 1600 epochs / (8 GPUs x peak x an assumed MFU of 40 %) = 427 h on A100 (312 TFLOP/s), 135 h on H100 (989.5 TFLOP/s).
 Expected: the published fine-tuned top-1 is 89.5 % at 640 pixels (Fast-iTPN, IN-1K pre-training, CLIP-L, 1600 epochs).

@@ -2,7 +2,8 @@
 
     make pretrain-tiny ROOT=s3://bucket/itpn IMAGENET=s3://bucket/ILSVRC2012.tar TEACHER=/weights/ViT-L-14.pt
 
-Hardware: 8 GPUs with 40 GB or more; `--set gpus=N` for another number, at any time, also between restarts.
+Hardware: 8 GPUs with 40 GB or more; `--set gpus=N` for another divisor of 64, at any time, also between restarts
+(more than 64 need `--set pretrain.data.streams=N` from the start); `--set finetune_gpus=N` for each fine-tuning.
 Hours of pre-training, computed and not measured: 189 GFLOP (student forward and backward, teacher) x 1.281 M images
 x 1600 epochs / (8 GPUs x peak x an assumed MFU of 40 %) = 108 h on A100 (312 TFLOP/s), 34 h on H100 (989.5 TFLOP/s).
 Expected: the published fine-tuned top-1 is 85.1 % at 224 pixels, 86.2 % at 384 and 86.5 % at 512.
@@ -35,7 +36,7 @@ class Recipe(ImageNetRecipe):
         global_batch=2048,
         schedule=ScheduleConfig(epochs=1600, warmup_epochs=5, min_lr=1e-5),
         optimiser=OptimiserConfig(lr=1.5e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05),
-        engine=EngineConfig(zero_stage=0, precision="bf16", micro_batch=64, clip_grad=3.0, compile=True),
+        engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=64, clip_grad=3.0, compile=True),
         checkpoint=SAVE,
         watch=WATCH,
     )
@@ -47,7 +48,7 @@ class Recipe(ImageNetRecipe):
         global_batch=1024,
         schedule=ScheduleConfig(epochs=100, warmup_epochs=5, min_lr=1e-6, warmup_lr=1e-6),
         optimiser=OptimiserConfig(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.8),
-        engine=EngineConfig(zero_stage=0, precision="bf16", micro_batch=32, compile=True),
+        engine=EngineConfig(zero_stage=1, precision="bf16", micro_batch=32, compile=True),
         checkpoint=SAVE,
         watch=WATCH,
         ema_decay=0.9999,

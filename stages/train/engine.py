@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,23 +12,44 @@ import torch
 from torch import Tensor, nn
 
 from cluster.distributed import World
-from cluster.errors import ConfigError
 from stages.train.config import EngineConfig, OptimiserConfig
 from stages.train.fragments import Fragment, find_fragments, flat_masters
 from stages.train.optim import GuardedAdamW
-from stages.train.zero import deepspeed_config, demand_compiler, import_deepspeed, quiet
+from stages.train.zero import (
+    deepspeed_config,
+    demand_compiler,
+    import_deepspeed,
+    quiet,
+    refuse_unsupported,
+)
 
+log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
+def piece_size(samples: int, most: int) -> int:
+    """Samples of a micro-batch: the most that divide a rank's `samples` of a step and are at most `most`.
+
+    Where both are even so is the result: pairs of samples that mixup mixes stay together.
+    """
+    unit = 2 if samples % 2 == most % 2 == 0 else 1
+    units = samples // unit
+    return unit * next(d for d in range(min(most // unit, units), 0, -1) if units % d == 0)
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimiser step. `overflow`: fp16 lowered its loss scale, which is no fault."""
+    """What became of one optimiser step.
+
+    `overflow`: in fp16 a gradient was not finite, and the loss scale was lowered; `at_bottom`: it was the lowest
+    already.
+    """
 
     applied: bool
     grad_norm: float
     overflow: bool = False
+    at_bottom: bool = False
 
 
 @dataclass
@@ -59,31 +81,20 @@ class Engine:
     ) -> Engine:
         """Wrap `module` (fp32, on the CPU, equal on all ranks) for training.
 
-        Raises ConfigError when the micro-batch does not divide the rank's part of the global batch.
+        A step's `rank_batch` samples are cut into the fewest equal pieces of at most `config.micro_batch`.
+        Raises ConfigError for a combination that DeepSpeed cannot do.
         """
-        micro = config.micro_batch or rank_batch
-        if rank_batch % micro:
-            raise ConfigError(
-                f"micro_batch {micro} does not divide the {rank_batch} samples that a rank has per step",
-                expected="a divisor of global_batch / ranks",
-                found=micro,
-                remedy=f"set engine.micro_batch to {max(d for d in range(1, micro + 1) if rank_batch % d == 0)}",
-            )
+        micro = piece_size(rank_batch, config.micro_batch or rank_batch)
+        if 2 * micro <= (config.micro_batch or 0) and micro < rank_batch:
+            log.warning(
+                "pieces of %d samples: the %d that a rank has per step cannot be cut into larger equal ones within "
+                "engine.micro_batch = %d; another number of ranks may be faster",
+                micro, rank_batch, config.micro_batch,
+            )  # fmt: skip
+        accumulation = rank_batch // micro
         deepspeed = import_deepspeed(world)
-        if config.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
-            raise ConfigError(
-                "precision fp16 does not work on this device",
-                found=world.device,
-                remedy="set engine.precision to bf16 or fp32, or train on a GPU",
-            )
-        if config.precision == "fp16" and config.zero_stage == 0:
-            # DeepSpeed 0.19 divides the gradients by the loss scale there without having multiplied the loss.
-            raise ConfigError(
-                "precision fp16 cannot be used with zero_stage 0",
-                expected="zero_stage 1, 2 or 3",
-                found=0,
-                remedy="set engine.zero_stage=1",
-            )
+        fp16_works = deepspeed.accelerator.get_accelerator().is_fp16_supported()
+        refuse_unsupported(config, world, accumulation, fp16_works=fp16_works)
         if config.compile:
             demand_compiler(world)
         frozen = {n: p.detach().clone() for n, p in module.named_parameters() if not p.requires_grad}
@@ -98,18 +109,21 @@ class Engine:
             wrapped, _, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=base,
-                config=deepspeed_config(config, world, micro, rank_batch // micro),
+                config=deepspeed_config(config, world, micro, accumulation),
                 dist_init_required=False,
             )
         base.skip = False
         if config.compile:
             wrapped.compile()
+        scaler: Any = getattr(wrapped.optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # an exception of no kind; the guard judges it
         engine = cls(
             model=wrapped,
             module=module,
             optimiser=base,
             config=config,
-            accumulation=rank_batch // micro,
+            accumulation=accumulation,
             world=world,
             fragments=[],
             frozen=frozen,
@@ -146,6 +160,8 @@ class Engine:
         own = not self._wrapped_optimiser
         norm = self._clip_unwrapped() if own else math.nan
         self.optimiser.skip = skip or (own and not math.isfinite(norm))
+        scaler = self._scaler()
+        at_bottom = scaler is not None and scaler.cur_scale <= getattr(scaler, "min_scale", -math.inf)
         self.model.step()
         held = self.optimiser.skip
         self.optimiser.skip = False
@@ -155,7 +171,8 @@ class Engine:
         applied = not held and not overflow
         if applied and self.ema_decay:
             self._update_ema()
-        return StepResult(applied, norm, overflow and not skip and self.config.precision == "fp16")
+        lowered = overflow and not skip and self.config.precision == "fp16"
+        return StepResult(applied, norm, lowered, lowered and at_bottom)
 
     def optimiser_steps(self) -> int:
         """Optimiser steps applied so far (AdamW's own count)."""

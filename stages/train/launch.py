@@ -47,21 +47,24 @@ def source_digest() -> str:
 
 
 def world_sizes(resources: Resources, loop: LoopConfig, streams: int) -> list[int]:
-    """The numbers of ranks, ascending, that can share the data's streams and the global batch in whole micro-batches.
+    """The numbers of ranks, ascending, that `resources` allow and that can share the data's streams and the batch.
 
-    Raises ConfigError when an elastic group (`min_workers`) has none.
+    Raises ConfigError where there is none, which names the nearest that can.
     """
-    if resources.fewest == resources.workers:
-        return [resources.workers]  # the ranks say better what does not fit
-    batch, micro = loop.global_batch, loop.engine.micro_batch
-    every = range(resources.fewest, resources.workers + 1)
-    fitting = [n for n in every if streams % n == 0 and batch % (n * (micro or 1)) == 0]
+    able = [n for n in range(1, streams + 1) if streams % n == 0 and loop.global_batch % n == 0]
+    fitting = [n for n in able if resources.fewest <= n <= resources.workers]
     if not fitting:
+        below = [n for n in able if n < resources.fewest][-1:]
+        above = [n for n in able if n > resources.workers][:1]
+        count = str(resources.workers)
+        if resources.fewest < resources.workers:
+            count = f"from {resources.fewest} to {resources.workers}"
         raise ConfigError(
-            f"no number of workers from {resources.fewest} to {resources.workers} can share the work",
-            expected=f"a divisor of data.streams = {streams} and of global_batch = {batch}, with whole micro-batches"
-            f" of {micro or 'any size'}",
-            remedy="widen the range of workers, or change engine.micro_batch",
+            f"{count} ranks cannot share the work evenly",
+            expected=f"a divisor of data.streams = {streams} and of global_batch = {loop.global_batch}",
+            found=count,
+            remedy=f"the nearest that can: {' or '.join(str(n) for n in below + above)}; streams and batch are part "
+            "of a run's identity and are chosen before it begins",
         )
     return fitting
 

@@ -65,10 +65,37 @@ def deepspeed_config(config: EngineConfig, world: World, micro: int, accumulatio
             "hysteresis": 1,
         },
     }
-    if config.zero_stage == 1 and config.precision == "bf16":
-        # Pieces of a step add up in fp32: 8 bits of mantissa lose small gradients.
+    # Pieces of a step add up in fp32: the 8 bits of bf16 lose small gradients. ZeRO-1 in bf16 always does, since that
+    # takes DeepSpeed's optimiser for bf16; elsewhere it would cost memory for nothing with a single piece.
+    pieces = accumulation > 1 or (config.zero_stage == 1 and config.precision == "bf16")
+    if pieces and config.zero_stage > 0 and config.precision != "fp32":
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
+
+
+def refuse_unsupported(config: EngineConfig, world: World, accumulation: int, *, fp16_works: bool) -> None:
+    """Raise ConfigError for what DeepSpeed 0.19 cannot do, or would do wrong without a word."""
+    if config.precision == "fp16" and not fp16_works:
+        raise ConfigError(
+            "precision fp16 does not work on this device",
+            found=world.device,
+            remedy="set engine.precision to bf16 or fp32, or train on a GPU",
+        )
+    if config.precision == "fp16" and config.zero_stage == 0:
+        # It divides the gradients by the loss scale there without having multiplied the loss.
+        raise ConfigError(
+            "precision fp16 cannot be used with zero_stage 0",
+            expected="zero_stage 1, 2 or 3",
+            found=0,
+            remedy="set engine.zero_stage=1",
+        )
+    if config.precision == "bf16" and config.zero_stage == 0 and accumulation > 1:
+        raise ConfigError(
+            "bf16 with zero_stage 0 would add up the pieces of a step in bf16, which loses small gradients",
+            expected="zero_stage 1, 2 or 3, which add them up in fp32, or a single piece",
+            found=f"{accumulation} pieces",
+            remedy="set engine.zero_stage=1, or engine.micro_batch=null where the memory allows it",
+        )
 
 
 def demand_compiler(world: World) -> None:

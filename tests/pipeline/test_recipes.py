@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from pipeline import recipes
+from pipeline import preflight, recipes
 from pipeline.version import REPOSITORY
 
 # Fast-iTPN's fine-tuning: width, depths, heads, batch, lr, epochs, warm-up, layer decay, drop path, top-1.
@@ -89,3 +89,38 @@ def test_tables_of_the_scaling_document_are_what_the_formulae_give(scaling: Modu
     for name, make in scaling.TABLES.items():
         assert f"<!-- {name} -->\n" in text
         assert scaling.written(text, name, make()) == text, "run python bench/scaling.py --write"
+
+
+def findings(monkeypatch: pytest.MonkeyPatch, found: int, **changes: int) -> dict[str, preflight.Finding]:
+    """What the preflight of the large recipe says on a machine with so many GPUs."""
+    module = recipes.load("pretrain_large")
+    monkeypatch.setattr(preflight, "_local_gpus", lambda: found)
+    config = module.Recipe.parse(changes)
+    return {finding.name: finding for finding in preflight.examine(module.requirements(config, None))}
+
+
+def test_preflight_names_the_setting_that_asks_for_too_many_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = findings(monkeypatch, 4, gpus=4)["GPUs"]
+    assert not said.ok and "8 GPUs are needed (found: 4 on this machine)" in said.text
+    assert said.remedy.endswith("ask for fewer with --set finetune_gpus=N")
+    both = findings(monkeypatch, 4)["GPUs"].remedy
+    assert both.endswith("--set gpus=N --set finetune_gpus=N")
+    assert findings(monkeypatch, 4, gpus=4, finetune_gpus=2)["GPUs"].ok
+    assert findings(monkeypatch, 4, gpus=64, min_gpus=4, finetune_gpus=4)["GPUs"].ok
+
+
+def test_preflight_refuses_numbers_of_gpus_that_cannot_share_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for count in (1, 2, 4, 8, 16, 32, 64):
+        assert findings(monkeypatch, 128, gpus=count)["ranks of pretrain"].ok
+    said = findings(monkeypatch, 128, gpus=12, finetune_gpus=3)
+    assert (
+        not said["ranks of pretrain"].ok
+        and "the nearest that can: 8 or 16" in said["ranks of pretrain"].remedy
+    )
+    assert (
+        not said["ranks of finetune"].ok
+        and "the nearest that can: 2 or 4" in said["ranks of finetune"].remedy
+    )
+    assert "the nearest that can: 64;" in findings(monkeypatch, 128, gpus=128)["ranks of pretrain"].remedy

@@ -13,7 +13,7 @@ from cluster.errors import ConfigError
 from stages.model import Classifier
 from stages.model.config import BackboneConfig
 from stages.train.config import EngineConfig, OptimiserConfig
-from stages.train.engine import Engine
+from stages.train.engine import Engine, piece_size
 from stages.train.optim import parameter_groups
 
 pytestmark = pytest.mark.timeout(400)
@@ -105,6 +105,76 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass() -> None:
         return total
 
     assert kept(True) < 0.5 * kept(False)
+
+
+@pytest.mark.parametrize(
+    ("samples", "most", "size"),
+    [(64, 64, 64), (64, 48, 32), (32, 64, 32), (20, 5, 5), (20, 6, 4), (31, 16, 1), (1, 2, 1)],
+)
+def test_pieces_are_the_largest_equal_ones_within_the_limit_and_keep_pairs(
+    samples: int, most: int, size: int
+) -> None:
+    assert piece_size(samples, most) == size
+
+
+class Coefficients(nn.Module):
+    """The gradient of every weight is the mean of the coefficients given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(40))
+
+    def forward(self, coefficients_B: Tensor) -> Tensor:
+        return (coefficients_B[:, None] * self.weight).sum(1).mean()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [1, 3, None])
+def test_pieces_of_a_step_add_up_in_fp32(
+    world: distributed.World,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    precision: str,
+    micro_batch: int | None,
+) -> None:
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed.accelerator.get_accelerator(), "is_fp16_supported", lambda: True)
+    module = Coefficients()
+    config = EngineConfig.parse(
+        {"zero_stage": stage, "precision": precision, "micro_batch": micro_batch, "clip_grad": 0.0}
+    )
+    engine = Engine.build(
+        module,
+        parameter_groups(module, OPTIMISER),
+        config=config,
+        optimiser=OPTIMISER,
+        world=world,
+        rank_batch=64,
+    )
+    try:
+        # 3 is no divisor of 64: pieces of 2.
+        assert engine.accumulation == {1: 64, 3: 32, None: 1}[micro_batch]
+        if precision == "fp16":
+            engine.model.optimizer.loss_scaler.cur_scale = 1.0
+        # Whatever is added to 4096 one by one, or in twos, is lost in bf16 and fp16: both would end with 4096 / 64.
+        coefficients = torch.tensor([4096.0] + [1.0] * 63).to(engine.dtype)
+        for number, piece in enumerate(coefficients.chunk(engine.accumulation)):
+            engine.backward(engine.model(piece))
+            if number < engine.accumulation - 1:
+                engine.micro_step_done()
+        result = engine.step(1e-3, skip=False)
+        # Rounded once to 16 bits, where ranks exchange gradients; without anything lost before.
+        assert result.applied and result.grad_norm == pytest.approx((4096 + 63) / 64 * 40**0.5, rel=2**-8)
+    finally:
+        engine.close()
+
+
+def test_bf16_pieces_that_would_add_up_in_bf16_are_refused(world: distributed.World) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage=1") as error:
+        train(classifier(), EngineConfig(zero_stage=0, precision="bf16", micro_batch=2), world)
+    assert error.value.found == "2 pieces"
 
 
 def test_compilation_without_a_compiler_is_refused_with_a_remedy(
