@@ -2,50 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Self
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 
 from stages.data.feed import Batch
 
 
-class DeviceBatches:
-    """Batches on `device`; on a GPU the next one is copied by a side stream while the current one is used.
+def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """Batches on `device`, each asked for and copied before the one ahead of it is given.
 
-    The copies overlap with computation only from pinned memory, which feeds give where there is a GPU. On
-    the CPU batches pass through as they are.
+    On a GPU a side stream copies, so that the copy goes on while the step before computes; for that it must come from
+    pinned memory, which feeds give where there is a GPU. Sample ids stay on the host, which draws random numbers from
+    them. On the CPU batches pass through as they are, none ahead of time.
     """
+    device = torch.device(device)
+    if device.type == "cpu":
+        yield from batches
+        return
+    source = iter(batches)
+    side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __init__(self, batches: Iterator[Batch], device: torch.device | str) -> None:
-        self._batches, self._device = iter(batches), torch.device(device)
-        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._next: Batch | None = None
-        self._started = False
+    def copied() -> Batch | None:
+        host = next(source, None)
+        with torch.cuda.stream(side) if side is not None else nullcontext():
+            return host.to(device) if host is not None else None
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._stream is None:
-            return next(self._batches)
-        if not self._started:
-            self._started = True
-            self._copy()
-        if self._next is None:
-            raise StopIteration
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        batch = self._next
-        for tensor in (batch.images, batch.labels, batch.sample_ids):
-            # Made on the side stream, used on this one: its memory must not be reused before that is done.
-            tensor.record_stream(torch.cuda.current_stream(self._device))
-        self._copy()
-        return batch
-
-    def _copy(self) -> None:
-        host = next(self._batches, None)
-        if host is None:
-            self._next = None
-            return
-        with torch.cuda.stream(self._stream):
-            self._next = host.to(self._device)
+    ahead = copied()
+    while ahead is not None:
+        batch = ahead
+        if side is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(side)  # before the next copy is on it
+            for tensor in (batch.images, batch.labels):
+                tensor.record_stream(
+                    current
+                )  # its memory is the side stream's, but not free before this one is done
+        ahead = copied()
+        yield batch

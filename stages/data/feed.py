@@ -64,21 +64,19 @@ class Batch:
             )
 
     def pin_memory(self) -> Batch:
-        """A copy in page-locked memory, from which the device copies without waiting."""
+        """A copy of what goes to the device in page-locked memory, from which it copies without waiting."""
         return replace(
             self,
             images=self.images.pin_memory(),
             labels=self.labels.pin_memory(),
-            sample_ids=self.sample_ids.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy on the device; asynchronous from pinned memory."""
+        """Images and labels on the device, asynchronously from pinned memory; sample ids stay on the host."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
         )
 
 

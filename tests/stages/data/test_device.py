@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,8 @@ import torch
 from stages.artifacts import DatasetRef
 from stages.data import augment
 from stages.data.dataset import ShardDataset
-from stages.data.device import DeviceBatches
-from stages.data.feed import TrainFeed
+from stages.data.device import on_device
+from stages.data.feed import Batch, TrainFeed
 from stages.data.order import Order
 from stages.data.rand_augment import DRAWS_PER_OPERATION, rand_augment
 from stages.data.rng import Purpose
@@ -34,13 +36,41 @@ def read(ref: DatasetRef, device: str) -> list[tuple]:
                 b.images.float().cpu().sum().item(),
                 b.images.device.type,
             )
-            for b in DeviceBatches(feed, device)
+            for b in on_device(feed, device)
         ]
 
 
 def test_on_the_cpu_batches_pass_through(tiny_dataset: DatasetRef) -> None:
     batches = read(tiny_dataset, "cpu")
     assert [(epoch, step) for epoch, step, *_ in batches] == [(e, s) for e in range(2) for s in range(5)]
+
+
+def test_on_the_cpu_no_batch_is_asked_for_ahead_of_time_and_none_is_copied() -> None:
+    asked: list[Batch] = []
+    for number, batch in enumerate(on_device(made(3, asked), "cpu")):
+        assert len(asked) == number + 1 and batch is asked[number]
+
+
+def test_on_a_device_the_next_batch_is_copied_before_the_one_ahead_of_it_is_given() -> None:
+    asked: list[Batch] = []
+    for number, batch in enumerate(
+        on_device(made(3, asked), "meta")
+    ):  # a device without memory, for any machine
+        assert len(asked) == min(number + 2, 3) and batch.step == number
+        assert batch.images.device.type == batch.labels.device.type == "meta"
+        assert batch.sample_ids is asked[number].sample_ids  # random numbers are drawn from them on the host
+        assert batch.bad == asked[number].bad
+    assert number == 2 and list(on_device(made(0, []), "meta")) == []
+
+
+def made(count: int, asked: list[Batch]) -> Iterator[Batch]:
+    """So many batches; each is noted in `asked` when it is asked for."""
+    for step in range(count):
+        ids = torch.arange(4) + 4 * step
+        asked.append(
+            Batch(torch.zeros(4, 2, 2, 3, dtype=torch.uint8), ids, ids, 0, step, 1, ((0, "a/1", "cut"),))
+        )
+        yield asked[-1]
 
 
 @gpu
