@@ -81,8 +81,6 @@ class Checkpoints:
         assert self._upload is None, "finish() the checkpoint under way first"
         self._header = {"step": step, **header}
         self._upload = self._pool.submit(self._write, step, files, extra)
-        if not self.config.background:
-            self._wait(self._upload)
 
     @property
     def in_flight(self) -> bool:
@@ -102,7 +100,6 @@ class Checkpoints:
         if self._upload is None:
             return
         began = time.monotonic()
-        self._wait(self._upload)
         error = self._upload.exception()
         mine = error or self._upload.result()
         parts = distributed.gather_objects(mine)
@@ -116,8 +113,6 @@ class Checkpoints:
         def commit() -> None:
             self._settle_commit()
             self._commit = self._pool.submit(self._store, self._manifest(infos))
-            if not self.config.background:
-                self._settle_commit()
 
         distributed.on_rank_zero(commit)
         self.stalled_s += time.monotonic() - began
@@ -212,11 +207,6 @@ class Checkpoints:
             if error is not None:
                 raise _write_failed(self._header["step"], 0, error)
 
-    def _wait(self, future: Future[Any]) -> None:
-        began = time.monotonic()
-        future.exception()
-        self.stalled_s += time.monotonic() - began
-
     # Reading
 
     def steps(self) -> list[int]:
@@ -277,6 +267,14 @@ class Checkpoints:
                 found="; ".join(f"{key} = {new!r}" for key, _, new in changed),
                 remedy="undo the change, or give the step a new version",
             )
+
+
+def is_due(step: int, every: int, background: bool) -> bool:
+    """Whether a save begins after `step`: at multiples of `every`, and in the background half-way between them too.
+
+    Each save is committed before the next begins, so that two halves of an interval are the most that can be lost.
+    """
+    return step % every in ((0, every // 2) if background else (0,))
 
 
 def opener(out: str, manifest: dict[str, Any], folder: Path) -> Callable[[str], Path]:

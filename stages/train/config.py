@@ -45,7 +45,8 @@ class ScheduleConfig(Config):
 class EngineConfig(Config):
     """How a step is computed.
 
-    `micro_batch` (per rank) splits the rank's part of the global batch into accumulated pieces; None takes it whole.
+    `micro_batch` is the most samples that a rank computes at once: its part of the global batch is cut into the fewest
+    equal pieces of at most so many, whose gradients add up in fp32. None takes it whole.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = not_identity(1)
@@ -65,8 +66,13 @@ class EngineConfig(Config):
 class CheckpointConfig(Config):
     """When to save, and what to keep. Nothing here is identity.
 
-    Saves are made every so many steps, minutes, or both; with neither, once per epoch. The last `keep_last` are kept,
-    all at multiples of `keep_every_steps`, and the `keep_best` with the lowest running mean of the metric `best_by`.
+    At no instant is more work uncommitted than that of `save_every_steps` steps, or `save_every_minutes`, whichever is
+    less; with neither, of an epoch. Saves are made at multiples of that many steps. Where they are written in the
+    `background` one is made half-way between two of those as well, and the one before is committed when it begins, if
+    need be by waiting (minutes likewise): what is lost is then never more than two halves.
+
+    The last `keep_last` are kept, all at multiples of `keep_every_steps`, and the `keep_best` with the lowest running
+    mean of the metric `best_by`.
     """
 
     save_every_steps: int | None = not_identity(None, gt=0)
@@ -75,7 +81,7 @@ class CheckpointConfig(Config):
     keep_every_steps: int | None = not_identity(None, gt=0)
     keep_best: int = not_identity(0, ge=0)
     best_by: str = not_identity("loss")  # a name of the losses in the metrics
-    background: bool = not_identity(True)
+    background: bool = not_identity(True)  # else the loop stands still until each save is committed
     local_dir: str | None = not_identity(
         None
     )  # where files lie until uploaded; None: the system's temporary folder
@@ -85,11 +91,14 @@ class GuardConfig(Config):
     """What counts as a bad step, and what happens then.
 
     A bad step is not applied on any rank. `max_bad_steps` in a row roll back to the last checkpoint (the data
-    of that window are skipped); after `max_rollbacks` of those the next one raises TrainingDiverged.
+    of that window are skipped); after `max_rollbacks` of those the next one raises TrainingDiverged. In fp16 a gradient
+    that overflows lowers the loss scale and is no fault, unless the scale is the lowest already or it is more than the
+    `max_overflows`th in a row.
     """
 
     max_bad_steps: int = Field(default=5, ge=1)
     max_rollbacks: int = Field(default=3, ge=0)
+    max_overflows: int = Field(default=20, ge=1)  # the scale begins at 2**16: 16 lead to the lowest
     spike_factor: float = Field(
         default=0.0, ge=0
     )  # bad if loss > factor x median of the last `spike_window`; 0: off

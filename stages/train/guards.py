@@ -27,6 +27,7 @@ class Guard:
     config: GuardConfig
     bad_in_row: int = 0
     rollbacks: int = 0
+    overflows: int = 0  # of fp16, in a row
     recent: deque[float] = field(default_factory=deque)  # losses of the last good steps
 
     def judge_loss(self, loss: float, bad_ranks: int) -> str | None:
@@ -39,6 +40,22 @@ class Guard:
                 return (
                     f"loss {loss:.4g} is over {self.config.spike_factor:g} x the recent median {median:.4g}"
                 )
+        return None
+
+    def judge_overflow(self, overflow: bool, at_bottom: bool) -> str | None:
+        """Why this step is a bad one, from fp16's loss scaling; None for a step that is not, or only lowered the scale.
+
+        Args:
+            overflow: whether the step was dropped for a gradient that is not finite.
+            at_bottom: whether the loss scale could not be lowered any more.
+        """
+        self.overflows = self.overflows + 1 if overflow else 0
+        if overflow and at_bottom:
+            return "gradient not finite at the lowest loss scale of fp16"
+        if self.overflows > self.config.max_overflows:
+            return (
+                f"gradient not finite in {self.overflows} steps in a row, at ever lower loss scales of fp16"
+            )
         return None
 
     def judge_step(self, loss: float, reason: str | None, *, step: int, has_checkpoint: bool) -> Verdict:
@@ -66,15 +83,26 @@ class Guard:
                 "the events are in the metrics file",
             )
         self.rollbacks += 1
-        self.bad_in_row = 0
-        self.recent.clear()
         return "roll back"
 
     def state(self) -> dict[str, Any]:
         """JSON-ready, for checkpoints."""
-        return {"bad_in_row": self.bad_in_row, "rollbacks": self.rollbacks, "recent": list(self.recent)}
+        return {
+            "bad_in_row": self.bad_in_row,
+            "rollbacks": self.rollbacks,
+            "overflows": self.overflows,
+            "recent": list(self.recent),
+        }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` gave."""
         self.bad_in_row, self.rollbacks = state["bad_in_row"], state["rollbacks"]
-        self.recent = deque(state["recent"])
+        self.overflows, self.recent = state["overflows"], deque(state["recent"])
+
+    def roll_back(self, state: dict[str, Any]) -> None:
+        """Take over the statistics of the checkpoint that was rolled back to.
+
+        Roll-backs are counted over the whole run. The row of bad steps is over, also where the checkpoint was made
+        inside it: other data follow.
+        """
+        self.load(state | {"bad_in_row": 0, "overflows": 0, "rollbacks": self.rollbacks})

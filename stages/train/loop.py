@@ -23,9 +23,10 @@ from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError, Stopped, TrainingDiverged
 from stages.config import nearest
+from stages.data.device import on_device
 from stages.data.feed import too_many_bad
 from stages.train import state
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint import Checkpoints, is_due
 from stages.train.config import LoopConfig
 from stages.train.engine import Engine
 from stages.train.guards import Guard
@@ -158,9 +159,9 @@ class Trainer:
 
     def _steps(self) -> None:
         feed = self.make_feed(divmod(self.step, self.steps_per_epoch), self.schedule.total_steps)
-        clock, self._saved_at = Clock(), time.monotonic()
+        clock, self._saved_at, self._step_s = Clock(), time.monotonic(), 0.0
         try:
-            for batch in feed:
+            for batch in on_device(feed, self.world.device):
                 stop = self._one_step(batch, feed, clock)
                 if stop:
                     raise Stopped(
@@ -202,11 +203,13 @@ class Trainer:
             self.bad |= {sample_id: (key, why) for sample_id, key, why in bad}
             if len(self.bad) > feed.bad_limit:  # alike on all ranks
                 raise too_many_bad(self.bad, feed.bad_limit)
-        if result.overflow:
+        too_many = self.guard.judge_overflow(result.overflow, result.at_bottom)
+        if result.overflow and too_many is None:
             self._event("fp16 overflow: loss scale lowered", loss_scale=engine.scalars().get("cur_scale"))
         else:
-            self._judge(means["loss"], reason)
+            self._judge(means["loss"], reason or too_many)
         lap = clock.lap(feed.wait_s)
+        self._step_s = lap[0]
         if result.applied:
             self.smoothed.add(means)
         if self.watch:
@@ -227,7 +230,7 @@ class Trainer:
         mine = {
             "bad_ranks": float(not bool(torch.isfinite(sums["loss"]))),
             "stop": float(distributed.stop_requested()),
-            "save": float(bool(minutes) and time.monotonic() - self._saved_at > 60 * (minutes or 0)),
+            "save": float(bool(minutes) and self._seconds_are_due(60 * (minutes or 0))),
             "uploaded": float(self.checkpoints.uploaded()),
             "failed": float(self.checkpoints.failed()),
             "replaced": float(batch.replaced),
@@ -257,6 +260,9 @@ class Trainer:
             self.checkpoints.drain()
             manifest = self.checkpoints.restore_newest(self._fill, self._activate_elsewhere)
             assert manifest is not None, "a checkpoint was committed"
+            # What describes the weights goes back with them; what counts data, events and time goes on.
+            self.guard.roll_back(manifest["guard"])
+            self.smoothed = Smoothed(**manifest["smoothed"])
             note = (
                 f"rolled back to the weights of step {manifest['step']}; data up to step {self.step} skipped"
             )
@@ -270,9 +276,9 @@ class Trainer:
             points.drain() if facts["failed"] else points.finish()
         every = config.save_every_steps or (None if config.save_every_minutes else self.steps_per_epoch)
         last = self.step == self.schedule.total_steps
-        if not (stop or last or facts["save"] or (every and self.step % every == 0)):
+        if not (stop or last or facts["save"] or (every and is_due(self.step, every, config.background))):
             return
-        points.finish()
+        points.drain()  # the one before is committed before this one begins: see CheckpointConfig
         began = time.monotonic()
         files = state.snapshot(self.engine)
         header = {
@@ -294,8 +300,13 @@ class Trainer:
         points.stalled_s += time.monotonic() - began
         self._have_checkpoint = True
         self._saved_at = time.monotonic()
-        if stop or last:
+        if stop or last or every == 1 or not config.background:
             points.drain()
+
+    def _seconds_are_due(self, interval_s: float) -> bool:
+        """Whether a save must begin now, since a step that takes as long as the last one would end too late."""
+        until_next = interval_s / 2 if self.config.checkpoint.background else interval_s
+        return time.monotonic() - self._saved_at + self._step_s > until_next
 
     def _resume(self) -> None:
         manifest = self.checkpoints.restore_newest(self._fill, self._activate)

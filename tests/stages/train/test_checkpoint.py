@@ -11,7 +11,7 @@ import torch
 from cluster import storage
 from cluster.distributed import World
 from cluster.errors import ItpnError, StorageUnavailable
-from stages.train.checkpoint import Checkpoints
+from stages.train.checkpoint import Checkpoints, is_due
 from stages.train.config import CheckpointConfig
 
 ALONE = World(rank=0, world_size=1, local_rank=0, device="cpu")
@@ -90,3 +90,14 @@ def test_old_checkpoint_that_cannot_be_deleted_is_no_failed_save(
     commit(checkpoints, 3)
     assert checkpoints.steps() == [3]
     checkpoints.close()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4, 7, 50])
+def test_saves_are_due_at_every_multiple_and_two_gaps_are_never_more_than_the_interval(every: int) -> None:
+    steps = [step for step in range(1, 4 * every + 1) if is_due(step, every, background=True)]
+    assert {every, 2 * every, 3 * every, 4 * every} <= set(steps)
+    # One save is committed before the next begins: at worst, this one's work and that of the one before are not.
+    assert all(after - before <= max(every, 2) for before, after in zip([0, *steps], steps[1:], strict=False))
+    assert [s for s in range(1, 4 * every + 1) if is_due(s, every, background=False)] == [
+        every, 2 * every, 3 * every, 4 * every,
+    ]  # fmt: skip

@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cluster import distributed, storage
 from cluster.errors import ItpnError
-from stages.train import state
+from stages.train import loop, state
 from stages.train.config import LoopConfig
 from stages.train.loop import Trainer
 from stages.train.optim import parameter_groups
@@ -170,6 +170,7 @@ class ToyTask:
         torch.manual_seed(0)
         self.spec, self.world, self.module = spec, world, Toy(spec.get("dropout", 0.2))
         self.partition: dict[str, Any] = {}
+        self.statistics: dict[int, Any] = {}  # what the guard and the running means knew when a step began
         self.trainer: Any = None
 
     def losses(self, model: Any, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -185,6 +186,10 @@ class ToyTask:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         if step in spec.get("late_at", []) and rank == 1:
             self.trainer._saved_at = -math.inf
+        if self.trainer is not None:
+            self.statistics[step] = [self.trainer.guard.state(), asdict(self.trainer.smoothed)]
+        if step == spec.get("lowest_scale_at"):
+            self.trainer.engine.model.optimizer.loss_scaler.cur_scale = 1.0
         if step == 3 and self.trainer is not None:
             self.partition = partition_facts(self.trainer.engine)
         x = batch.images.flatten(1).to(next(self.module.parameters()).dtype) / 255
@@ -242,7 +247,7 @@ def committed(out: str) -> list[int]:
 
 
 def train(spec: dict, world: distributed.World) -> dict:
-    config = LoopConfig.parse(spec["loop"])
+    config = LoopConfig.parse(spec["loop"] | (spec.get("other_loop", {}) if world.rank else {}))
     if spec.get("mode") == "ddp":
         return plain_ddp(spec, world, config)
     if "kills" in spec and world.rank == 0:
@@ -255,11 +260,15 @@ def train(spec: dict, world: distributed.World) -> dict:
         data_fingerprint=spec.get("data", ["toy"] * world.world_size)[world.rank],
     )  # fmt: skip
     task.trainer = trainer
+    digest = loop.source_digest
+    if "code" in spec:
+        loop.source_digest = lambda: spec["code"][world.rank]
     try:
         result = trainer.train()
     finally:
+        loop.source_digest = digest
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    result["partition"] = task.partition
+    result["partition"], result["statistics"] = task.partition, task.statistics
     texts = [Path(spec["out"], part["path"]).read_text() for part in result["metrics"]]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
     result["losses"] = [line["loss"] for line in lines if "loss" in line]
