@@ -19,6 +19,8 @@ from rich.text import Text
 from cluster import storage
 from cluster.errors import ItpnError
 from pipeline.registry import ResultRow
+from pipeline.registry.evaluated import data_names, data_of
+from pipeline.registry.metrics import unit
 from pipeline.runner import State, StepStatus
 from stages.train.layout import checkpoint_steps
 
@@ -180,26 +182,30 @@ def _watched(status: StepStatus, progress: dict[str, Any]) -> list[str]:
 
 def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType:
     """One line for each setting and seed, pretrained and scratch side by side; then the checkpoints."""
+    shown = [row for row in rows if row.metric == metric and not row.variant]
+    names = data_names(map(data_of, shown))
     pairs: dict[tuple[str, str, int], dict[str, ResultRow]] = defaultdict(dict)
-    for row in rows:
-        if row.metric == metric and not row.variant:
-            pairs[(f"{row.dataset}/{row.split}", _setting(row), row.seed)][row.init] = row
-    table = Table(title=f"{metric} (%)", title_justify="left")
+    for row in shown:
+        pairs[(names[data_of(row)], _setting(row), row.seed)][row.init] = row
+    table = Table(title=f"{metric} ({unit(metric)})" if unit(metric) else metric, title_justify="left")
     for heading in ("data", "job"):
         table.add_column(heading)
     for heading in ("seed", "pretrained", "scratch", "gain"):
         table.add_column(heading, justify="right")
     inits = ("pretrained", "scratch")
-    gains = []
+    gains: dict[str, list[float]] = defaultdict(list)
     for (data, setting, seed), found in sorted(pairs.items()):
         values = [found[init].value if init in found else None for init in inits]
         gain = values[0] - values[1] if values[0] is not None and values[1] is not None else None
-        gains += [gain] if gain is not None else []
+        if gain is not None:
+            gains[data].append(gain)
         table.add_row(data, setting, str(seed), *(_number(v) for v in values), _number(gain, "+"))
-    if len(gains) > 1:
-        means = [mean(f[init].value for f in pairs.values() if init in f) for init in inits]
-        table.add_section()
-        table.add_row("mean", "", "", *(_number(v) for v in means), _number(mean(gains), "+"))
+    for data in sorted(gains):
+        if len(gains[data]) > 1:
+            of_data = [found for (name, _, _), found in pairs.items() if name == data]
+            means = [mean(f[init].value for f in of_data if init in f) for init in inits]
+            table.add_section()
+            table.add_row(data, "mean", "", *(_number(v) for v in means), _number(mean(gains[data]), "+"))
     checkpoints = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("job", "init", "seed", metric, "checkpoint"):
         checkpoints.add_column(heading, overflow="fold", no_wrap=heading != "checkpoint")
@@ -233,11 +239,12 @@ def rows_table(rows: list[ResultRow]) -> Table:
         table.add_column(
             heading, justify="right" if heading in ("value", "seed") else "left", overflow="fold"
         )
+    names = data_names(map(data_of, rows))
     for row in rows:
         table.add_row(
             row.created_at[:19],
             row.run,
-            f"{row.dataset}/{row.split}",
+            names[data_of(row)],
             row.metric,
             f"{row.value:.4g}",
             row.variant,

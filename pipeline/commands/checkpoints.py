@@ -176,9 +176,10 @@ def checkpoints_history(alias: AliasArg, root: RootOpt = "", as_json: JsonOpt = 
     if as_json:
         view.print_json({"ok": True, **found.model_dump(mode="json")})
         return
+    steps = {move.id: move.step for move in found.moves}
     for move in found.moves:
         note = (
-            "  (roll-back)"
+            f"  (roll-back of {steps.get(move.rolled_back_from, move.rolled_back_from)})"
             if move.rolled_back_from
             else f"  {move.rule}: {move.verdict}"
             if move.rule

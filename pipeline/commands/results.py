@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,12 +17,12 @@ from cluster import storage
 from cluster.errors import ConfigError
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
-from pipeline.registry import Registry
+from pipeline.registry import Registry, Rows
 from pipeline.registry import compare as comparing
-from pipeline.registry.events import ResultRow
 from pipeline.registry.lineage import lineage
-from pipeline.registry.rows import select
-from pipeline.registry.store import better_first
+from pipeline.registry.metrics import METRICS, measure, way
+from pipeline.registry.metrics import unit as unit_of
+from pipeline.registry.rows import result_rows, select
 from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
@@ -110,7 +111,8 @@ def results_show(
     [bold]Example[/]: itpn results show 3f2a --root runs/demo
     """
     registry = Registry(root_of(root))
-    hits = [row for row in registry.results() if row.id.startswith(result)]
+    table = registry.results_table()
+    hits = result_rows(table.filter(pc.starts_with(table["id"], result)))
     if len(hits) != 1:
         raise ConfigError(
             f"'{result}' begins the id of {len(hits)} results", expected="one", remedy="itpn results list"
@@ -122,7 +124,8 @@ def results_show(
         return
     console = console_of(False)
     for key, value in row.items():
-        console.print(Text(f"{key:<22}{value}"), soft_wrap=True)
+        told = _with_unit(row["metric"], value) if key == "value" else value
+        console.print(Text(f"{key:<22}{told}"), soft_wrap=True)
     console.print()
     print_lineage(console, origin)
 
@@ -134,36 +137,42 @@ def results_best(
     metric: Annotated[str, typer.Option(help="Metric to judge by.")] = "top1",
     dataset: Annotated[str | None, typer.Option(help="Only this data set.")] = None,
     split: Annotated[str | None, typer.Option(help="Only this split.")] = None,
+    evaluated: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FINGERPRINT", help="Only measured on these data: start of evaluated_fingerprint."
+        ),
+    ] = None,
     by: Annotated[
-        str | None, typer.Option(help="The best of each value of this field, e.g. init, run.")
+        str | None, typer.Option(help="The best of each value of this field, e.g. init, run; on each data.")
+    ] = None,
+    lower_is_better: Annotated[
+        bool | None,
+        typer.Option(
+            "--lower-is-better/--higher-is-better", help="For a metric whose direction is not known."
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """The best result of a metric.
+    """The best result of a metric. Values of different data are never compared.
 
     [bold]Examples[/]
 
       itpn results best --root runs/demo --metric top1
 
       itpn results best --root runs/demo --metric top1 --by init
+
+      itpn results best --root runs/demo --metric my_error --lower-is-better
     """
     uri = storage.join(root_of(root))
     registry = Registry(uri)
-    best = registry.best(metric, dataset=dataset, split=split)
-    rows = [best]
+    equal = {"dataset": dataset, "split": split}
+    if evaluated is not None:
+        equal["evaluated_fingerprint"] = _fingerprint(registry, metric, evaluated)
     if by:
-        everything = registry.results(metric=metric, dataset=dataset, split=split)
-        if by not in type(best).model_fields:
-            raise ConfigError(
-                f"results have no field '{by}'", remedy=nearest(by, list(type(best).model_fields))
-            )
-        groups: dict[str, list[ResultRow]] = {}
-        for row in everything:
-            if getattr(row, by) is not None:
-                groups.setdefault(str(getattr(row, by)), []).append(row)
-        # Like Registry.best: the model as it was trained, where it was measured so.
-        plain = {value: [r for r in found if not r.variant] or found for value, found in groups.items()}
-        rows = [better_first(plain[value])[0] for value in sorted(plain)]
+        rows = registry.best_of_each(metric, by, lower_is_better=lower_is_better, **equal)
+    else:
+        rows = Rows([registry.best(metric, lower_is_better=lower_is_better, **equal)], "results")
     if as_json:
         found = [row.model_dump(mode="json") for row in rows]
         view.print_json({"ok": True, "root": uri, "best": found if by else found[0]})
@@ -198,12 +207,16 @@ def results_compare(
     for heading in ("data", "metric", *groups):
         table.add_column(Text(heading), justify="left" if heading in ("data", "metric") else "right")
     for line in found["metrics"]:
-        cells = [Text(_cell(fact)) for fact in line["groups"]]
-        table.add_row(
-            f"{line['dataset']}/{line['split']}", f"{line['metric']} {line['variant']}".rstrip(), *cells
-        )
+        cells = [Text(_cell(fact, line["metric"])) for fact in line["groups"]]
+        unit = f" ({unit_of(line['metric'])})" if unit_of(line["metric"]) else ""
+        table.add_row(Text(line["data"]), Text(f"{line['metric']}{unit} {line['variant']}".rstrip()), *cells)
     console = console_of(False)
     console.print(table)
+    for name in found["evaluated_differ"]:
+        text = (
+            f"evaluated data differ: not everything was measured on the same {name}, so it has several lines"
+        )
+        console.print(Text(text), soft_wrap=True)
     same = all(data == found["data"][0] for data in found["data"])
     console.print("training data: the same" if same else "training data differ:")
     for name, fingerprints in zip(groups, found["data"], strict=True):
@@ -309,13 +322,36 @@ def _text(name: str, value: Any) -> str:
     return value[:19] if name == "created_at" else f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
-def _cell(fact: dict[str, Any]) -> str:
+def _cell(fact: dict[str, Any], metric: str) -> str:
     if fact["mean"] is None:
         return "–"
-    text = f"{fact['mean']:.4g}" + (
-        f" ± {fact['std']:.2g} ({fact['rows']})" if fact["std"] is not None else ""
+    factor = METRICS[metric].factor if metric in METRICS else 1.0
+    text = f"{fact['mean'] * factor:.4g}" + (
+        f" ± {fact['std'] * factor:.2g} ({fact['rows']})" if fact["std"] is not None else ""
     )
     if fact.get("delta") is not None:
+        judged = {True: " better", False: " worse", None: ""}[fact["better"]]
         sure = {True: "", False: " within the spread", None: ", spread unknown"}[fact["clear"]]
-        text += f"  [{fact['delta']:+.4g}{sure}]"
+        text += f"  [{fact['delta'] * factor:+.4g}{judged if fact['clear'] is not False else ''}{sure}]"
     return text
+
+
+def _with_unit(metric: str, value: float) -> str:
+    """A value as it is stored, and what is known of its metric."""
+    if metric not in METRICS:
+        return f"{value}  (nobody knows which way is better)"
+    written = "" if METRICS[metric].factor == 1.0 else f" = {measure(value, metric)}"
+    return f"{value}{written} {unit_of(metric)}".rstrip() + f"  ({way(METRICS[metric].lower)} is better)"
+
+
+def _fingerprint(registry: Registry, metric: str, start: str) -> str:
+    """The one evaluated_fingerprint of a metric's results that begins so."""
+    known = set(registry.results_table(metric=metric)["evaluated_fingerprint"].to_pylist()) - {None}
+    hits = sorted(name for name in known if name.startswith(start))
+    if len(hits) != 1:
+        raise ConfigError(
+            f"'{start}' begins the fingerprint of {len(hits)} data that '{metric}' was measured on",
+            expected="one",
+            found=", ".join(sorted(known)) or "none",
+        )
+    return hits[0]

@@ -8,10 +8,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from cluster import storage
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.commands.results import WhereOpt
-from pipeline.registry import Registry
 from pipeline.registry.rows import select
 
 app = typer.Typer(help="How steps ended.", no_args_is_help=True)
@@ -37,16 +37,18 @@ def runs_list(
 
       itpn runs list --root runs/demo --where step~finetune --where 'wall_s>60' --json
     """
-    registry = Registry(root_of(root))
+    from pipeline.registry import delta
+
+    uri = storage.join(root_of(root))
     table = select(
-        registry.runs().to_arrow(), where, equal={"outcome": outcome, "run": run_name}, limit=limit
+        delta.current(uri, "runs"), where, equal={"outcome": outcome, "run": run_name}, limit=limit
     )
     rows = table.to_pylist()
     if as_json:
-        view.print_json({"ok": True, "root": registry.root, "runs": rows})
+        view.print_json({"ok": True, "root": uri, "runs": rows})
         return
     if not rows:
-        err.print(f"no runs under {registry.root}", markup=False)
+        err.print(f"no runs under {uri}", markup=False)
         return
     shown = Table()
     for heading in ("ended", "run", "step", "outcome", "code", "seconds", "host", "why"):

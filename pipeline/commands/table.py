@@ -17,7 +17,9 @@ from pipeline import record as records
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.commands.run import SetOpt, recipe_of
-from pipeline.registry import results_of
+from pipeline.registry import ResultRow, results_of
+from pipeline.registry.evaluated import data_names, data_of
+from pipeline.registry.metrics import unit
 from pipeline.step import Step, topological
 from stages.config import nearest
 
@@ -62,7 +64,7 @@ def table(
         for cells in (heading, ["---"] * len(heading), *lines):
             print("| " + " | ".join(cells) + " |")
     else:
-        shown = Table(title=metric, title_justify="left")
+        shown = Table(title=f"{metric} ({unit(metric)})" if unit(metric) else metric, title_justify="left")
         for name in heading:
             shown.add_column(Text(name), justify="left" if name in axes else "right")
         for cells in lines:
@@ -75,8 +77,11 @@ def table(
 def gather(
     root: str, steps: Iterable[Step], metric: str
 ) -> tuple[dict[tuple[tuple[str, str], ...], Values], list[str]]:
-    """Values by what a job varies (its labels without the seed), in the recipe's order; and the steps not done."""
-    groups: dict[tuple[tuple[str, str], ...], Values] = defaultdict(dict)
+    """Values by what a job varies (its labels without the seed), in the recipe's order; and the steps not done.
+
+    Values of different data never share a line: where no label tells the data apart, there is one called `data`.
+    """
+    found: list[tuple[dict[str, str], ResultRow]] = []
     missing = []
     for step in steps:
         record = records.load(root, step)
@@ -88,8 +93,21 @@ def gather(
                 labels = {k: v for k, v in step.labels.items() if k != "seed"}
                 if row.variant:
                     labels["variant"] = row.variant
-                groups[tuple(labels.items())][row.seed] = row.value
+                found.append((labels, row))
+    names = data_names(data_of(row) for _, row in found)
+    told = {axis for labels, _ in found for axis in labels if _tells_data(axis, found)}
+    groups: dict[tuple[tuple[str, str], ...], Values] = defaultdict(dict)
+    for labels, row in found:
+        more = {"data": names[data_of(row)]} if len(names) > 1 and not told else {}
+        groups[tuple((labels | more).items())][row.seed] = row.value
     return dict(groups), missing
+
+
+def _tells_data(axis: str, found: list[tuple[dict[str, str], ResultRow]]) -> bool:
+    """Whether each value of this label stands for one data set."""
+    data = {(labels.get(axis), data_of(row)) for labels, row in found}
+    values = {value for value, _ in data}
+    return len(data) == len(values) == len({of for _, of in data})
 
 
 def summary(values: Values) -> dict[str, Any]:

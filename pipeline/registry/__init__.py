@@ -2,7 +2,7 @@
 
 from pipeline.registry.events import CheckpointRow, ResultRow, RunRow, results_of
 from pipeline.registry.rows import Rows
-from pipeline.registry.store import LOWER_IS_BETTER, Registry, better_first
+from pipeline.registry.store import Registry, better_first
 
 __all__ = [
     "Registry",
@@ -10,7 +10,6 @@ __all__ = [
     "ResultRow",
     "CheckpointRow",
     "RunRow",
-    "LOWER_IS_BETTER",
     "better_first",
     "results_of",
 ]

@@ -21,7 +21,7 @@ from cluster import storage
 from cluster.errors import AlreadyExists, ConfigError, ItpnError, NotFound, StorageUnavailable
 from pipeline.registry.deletions import Deletions
 from pipeline.registry.events import CheckpointRow, parse
-from pipeline.registry.rules import check_rule
+from pipeline.registry.rules import check_rule, measured_by
 from pipeline.registry.store import Registry
 from pipeline.version import host
 from stages.config import nearest
@@ -49,7 +49,7 @@ class Move(BaseModel):
     at: str
     rule: str | None = None
     verdict: str | None = None
-    rolled_back_from: str | None = None  # id of the move that a roll-back undid
+    rolled_back_from: str | None = None  # id of the promotion that a roll-back undid
 
 
 class Alias(BaseModel):
@@ -118,14 +118,16 @@ class Aliases:
                 others = {n: a.current.checkpoint_sha256 for n, a in self.all().items()}
                 if alias:
                     others[name] = alias.current.checkpoint_sha256
-                ok, verdict = check_rule(rule, row.checkpoint.sha256, self._registry.results(), others, name)
-                if not ok:
+                results = self._registry.results(**measured_by(rule))
+                found = check_rule(rule, row.checkpoint.sha256, results, others, name)
+                if not found.holds:
                     raise RuleRefused(
                         f"{row.step} does not become '{name}'",
                         expected=rule,
-                        found=verdict,
-                        remedy="promote a better one, or leave the rule out",
+                        found=found.text,
+                        remedy=found.remedy,
                     )
+                verdict = found.text
             return _move(row.step, row.checkpoint.uri, row.checkpoint.sha256, rule=rule, verdict=verdict)
 
         return self._append(name, next_move)
@@ -159,9 +161,8 @@ class Aliases:
             if not storage.exists(before.checkpoint):
                 self._deletions.refuse_deleted(before.checkpoint)
                 raise NotFound(f"{before.checkpoint} is not there", remedy="promote another checkpoint")
-            return _move(
-                before.step, before.checkpoint, before.checkpoint_sha256, rolled_back_from=alias.current.id
-            )
+            undone = stack[-1]  # not the newest move: that may be a roll-back itself
+            return _move(before.step, before.checkpoint, before.checkpoint_sha256, rolled_back_from=undone.id)
 
         return self._append(name, next_move)
 

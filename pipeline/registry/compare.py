@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from statistics import mean, stdev
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.errors import ConfigError, NotFound
 from pipeline.record import Record, differences
 from pipeline.registry.aliases import Aliases
-from pipeline.registry.events import ResultRow
+from pipeline.registry.evaluated import DATA_FIELDS, clashing, data_names
 from pipeline.registry.lineage import read_record
-from pipeline.registry.store import LOWER_IS_BETTER, Registry
+from pipeline.registry.metrics import known_direction
+from pipeline.registry.rows import select
+from pipeline.registry.store import Registry
 from stages.config import nearest
 
+THREADS = 16
 
-def group(registry: Registry, rows: list[ResultRow], name: str) -> list[ResultRow]:
-    """The rows that `name` means: an alias, a run, a step (of evaluation), the start of a checkpoint's sha256,
+
+def group(registry: Registry, table: pa.Table, name: str) -> pa.Table:
+    """The results that `name` means: an alias, a run, a step (of evaluation), the start of a checkpoint's sha256,
     or `field=value[,field=value…]`. Raises ConfigError when it means none."""
     if "=" in name:
-        wanted = [part.partition("=")[::2] for part in name.split(",")]
-        for key, _ in wanted:
-            if key not in ResultRow.model_fields:
-                raise ConfigError(
-                    f"results have no field '{key}'", remedy=nearest(key, list(ResultRow.model_fields))
-                )
-        found = [r for r in rows if all(str(getattr(r, key)) == value for key, value in wanted)]
+        pairs = [part.partition("=")[::2] for part in name.split(",")]
+        found = table
+        for key, value in pairs:
+            if value == "None" and key in found.column_names:
+                found = found.filter(pc.is_null(found[key]))
+            else:
+                found = select(found, equal={key: value})
     else:
         alias = Aliases(registry).all().get(name)
         sha256 = alias.current.checkpoint_sha256 if alias else name
-        found = [r for r in rows if name in (r.run, r.step) or sha256 == r.checkpoint_sha256]
-        if not found and len(name) >= 6:
-            found = [r for r in rows if r.checkpoint_sha256.startswith(name)]
-    if not found:
+        exact = (pc.equal(table[key], value) for key, value in (("run", name), ("step", name)))
+        found = table.filter(pc.or_(pc.or_(*exact), pc.equal(table["checkpoint_sha256"], sha256)))
+        if not len(found) and len(name) >= 6:
+            found = table.filter(pc.starts_with(table["checkpoint_sha256"], name))
+    if not len(found):
+        known = {*table["step"].unique().to_pylist(), *table["run"].unique().to_pylist()}
         raise ConfigError(
             f"no result belongs to '{name}'",
             expected="an alias, a run, a step, the start of a checkpoint's sha256, or FIELD=VALUE[,…]",
-            remedy=nearest(name, sorted({r.step for r in rows} | {r.run for r in rows})),
+            remedy=_few(name, sorted(known)),
         )
     return found
 
@@ -44,31 +54,44 @@ def group(registry: Registry, rows: list[ResultRow], name: str) -> list[ResultRo
 def compare(registry: Registry, names: list[str]) -> dict[str, Any]:
     """Compare groups of results with the first of them, JSON-ready.
 
-    `metrics`: for each data set, split, metric and variant, every group's mean, sample standard deviation over its rows
-    (seeds; None for one row) and number of rows, and for the later groups `delta` to the first, `better`, and
-    `clear`: whether the difference exceeds the standard error of the two means twice (None with one row).
+    `metrics`: for each data, metric and variant, every group's mean, sample standard deviation over its rows (seeds;
+    None for one row) and number of rows, and for the later groups `delta` to the first, `better` (None for a metric
+    whose direction nobody knows), and `clear`: whether the difference exceeds the standard error of the two means twice
+    (None with one row). Equal names of different data are different lines; `data` on the line tells them apart.
+    `evaluated_differ`: the names under which there are different data.
     `config`: leaves that differ between the training steps; a value that varies inside a group is a list of its values.
     `data`: each group's fingerprints of training data.
     """
-    rows = registry.results()
-    groups = [group(registry, rows, name) for name in names]
-    cells: dict[tuple[str, str, str, str], list[list[float]]] = defaultdict(lambda: [[] for _ in names])
+    table = registry.results_table()
+    groups = [group(registry, table, name) for name in names]
+    cells: dict[tuple[Any, ...], list[list[float]]] = defaultdict(lambda: [[] for _ in names])
+    fields = [*DATA_FIELDS, "metric", "variant", "value"]
     for index, members in enumerate(groups):
-        for row in members:
-            cells[row.dataset, row.split, row.metric, row.variant][index].append(row.value)
+        for row in zip(*(members[field].to_pylist() for field in fields), strict=True):
+            cells[row[:-1]][index].append(row[-1])
+    told = data_names((place[0], place[1], place[2]) for place in cells)
     metrics = []
-    for (dataset, split, metric, variant), values in sorted(cells.items()):
+    for place, values in sorted(cells.items(), key=lambda cell: [part or "" for part in cell[0]]):
+        dataset, split, evaluated, metric, variant = place
         facts = [_facts(v) for v in values]
         for fact in facts[1:]:
             fact |= _delta(facts[0], fact, metric)
         about = {"dataset": dataset, "split": split, "metric": metric, "variant": variant}
+        about |= {"evaluated_fingerprint": evaluated, "data": told[dataset, split, evaluated]}
         metrics.append({**about, "groups": facts})
     return {
         "groups": names,
         "metrics": metrics,
+        "evaluated_differ": clashing(told),
         "config": _config_diff(registry, groups),
-        "data": [sorted({r.data_fingerprint for r in members}) for members in groups],
+        "data": [sorted(members["data_fingerprint"].unique().to_pylist()) for members in groups],
     }
+
+
+def _few(name: str, known: list[str]) -> str:
+    """`nearest`, without a list of thousands."""
+    text = nearest(name, known)
+    return text if len(text) < 400 else text[:400].rpartition(",")[0] + ", …; itpn results list"
 
 
 def _facts(values: list[float]) -> dict[str, Any]:
@@ -83,7 +106,8 @@ def _delta(first: dict[str, Any], fact: dict[str, Any], metric: str) -> dict[str
     if first["mean"] is None or fact["mean"] is None:
         return {"delta": None, "better": None, "clear": None}
     delta = fact["mean"] - first["mean"]
-    better = None if delta == 0 else (delta < 0) == (metric in LOWER_IS_BETTER)
+    lower = known_direction(metric)
+    better = None if delta == 0 or lower is None else (delta < 0) == lower
     clear = None
     if first["std"] is not None and fact["std"] is not None:
         error = (first["std"] ** 2 / first["rows"] + fact["std"] ** 2 / fact["rows"]) ** 0.5
@@ -91,12 +115,15 @@ def _delta(first: dict[str, Any], fact: dict[str, Any], metric: str) -> dict[str
     return {"delta": delta, "better": better, "clear": clear}
 
 
-def _config_diff(registry: Registry, groups: list[list[ResultRow]]) -> list[dict[str, Any]]:
+def _config_diff(registry: Registry, groups: list[pa.Table]) -> list[dict[str, Any]]:
     leaves: list[dict[str, list[Any]]] = []
     for members in groups:
         found: dict[str, list[Any]] = defaultdict(list)
-        for step in sorted({r.step for r in members}):
-            for path, _, value in differences({}, training_config(registry, step)):
+        steps = sorted(members["step"].unique().to_pylist())
+        with ThreadPoolExecutor(THREADS) as pool:
+            configs = list(pool.map(lambda step: training_config(registry, step), steps))
+        for config in configs:
+            for path, _, value in differences({}, config):
                 if value not in found[path]:
                     found[path].append(value)
         leaves.append(found)

@@ -9,10 +9,10 @@ optional dependency: `pip install itpn-pipeline[delta]`.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
-from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,8 @@ from cluster.errors import PreflightError, StorageUnavailable
 from cluster.lease import Lease
 from pipeline.registry.rows import SCHEMAS, Rows
 from pipeline.registry.store import Registry
+
+log = logging.getLogger(__name__)
 
 TRIES = 6
 
@@ -81,8 +83,12 @@ def current(root: str, folder: str) -> pa.Table:
     registry = Registry(root)
     view = SCHEMAS[folder].empty_table()
     if storage.list_files(table_uri(root, folder), most=1):
-        with suppress(PreflightError):  # deltalake is not installed, or another version made the view
+        try:
             view = read(root, folder)
+        except PreflightError as error:  # deltalake is not installed, or another version made the view
+            log.info("the view is not used: %s", error.message)
+        except Exception as error:  # only a view: whatever ails it, the events are there
+            log.warning("the view of %s is not used, `itpn registry sync` mends it: %s", folder, error)
     events = registry.ids(folder)
     view = view.filter(pc.is_in(view["id"], pa.array(events, pa.string())))  # the events are the truth
     known = set(view["id"].to_pylist())

@@ -72,7 +72,9 @@ class ResultRow(Event):
     @model_validator(mode="before")
     @classmethod
     def _with_fingerprint(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("evaluator"), dict):
+        if not isinstance(data, dict) or data.get("evaluator_fingerprint"):
+            return data
+        if isinstance(data.get("evaluator"), dict):
             return {"evaluator_fingerprint": _digest(data["evaluator"])} | data
         return data
 

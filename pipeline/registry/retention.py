@@ -6,14 +6,17 @@ rule: everything finished stays. What is in use stays whatever a rule says (garb
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cluster.errors import ConfigError
 from pipeline.record import Record
 from pipeline.registry.events import ResultRow
+from pipeline.registry.metrics import direction
 from pipeline.registry.store import better_first
 from stages.artifacts import CheckpointRef
 from stages.config import Config
@@ -28,7 +31,8 @@ class KeepRule(Config):
         task: which checkpoints it is about.
         last: the newest so many versions of each step (`pretrain/demo`) stay.
         best: so many of the recipe stay, the best by `metric` (`DATASET/SPLIT/METRIC`); without a result none counts
-            as better, and it stays.
+            as better, and it stays. Where equal names are different data, so many of each.
+        lower_is_better: direction of a metric that is not known (metrics.py).
         newer_than_days: what was finished later stays.
     """
 
@@ -36,12 +40,18 @@ class KeepRule(Config):
     last: int | None = Field(default=None, ge=0)
     best: int | None = Field(default=None, ge=1)
     metric: str = ""
+    lower_is_better: bool | None = None
     newer_than_days: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _complete(self) -> KeepRule:
         if self.best is not None and self.metric.count("/") < 2:
             raise ValueError("'best' needs metric = DATASET/SPLIT/METRIC")
+        if self.best is not None:
+            try:
+                direction(self.metric.rpartition("/")[2], self.lower_is_better)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         if self.last is None and self.best is None and self.newer_than_days is None:
             raise ValueError("a rule says what to keep: last, best or newer_than_days")
         return self
@@ -113,15 +123,19 @@ def _apply(
 
 def _best(rule: KeepRule, members: list[Record], results: Sequence[ResultRow]) -> dict[str, str]:
     dataset, split, metric = rule.metric.rsplit("/", 2)
-    newest: dict[str, ResultRow] = {}  # sha256 -> its newest result of the metric
+    newest: dict[str | None, dict[str, ResultRow]] = defaultdict(dict)  # data -> sha256 -> newest result
     for row in results:
         if (row.dataset, row.split, row.metric) == (dataset, split, metric) and not row.variant:
-            newest[row.checkpoint_sha256] = row
-    order = {row.checkpoint_sha256: place for place, row in enumerate(better_first(list(newest.values())))}
-    judged = [r for r in members if _sha256(r) in order]
-    judged.sort(key=lambda r: order[_sha256(r)])
-    kept = {r.step: f"among the best {rule.best} by {rule.metric}" for r in judged[: rule.best]}
-    unjudged = (r.step for r in members if _sha256(r) not in order)
+            newest[row.evaluated_fingerprint][row.checkpoint_sha256] = row
+    kept: dict[str, str] = {}
+    lower = direction(metric, rule.lower_is_better)
+    for rows in newest.values():
+        ordered = better_first(list(rows.values()), lower=lower)
+        order = {row.checkpoint_sha256: place for place, row in enumerate(ordered)}
+        judged = sorted((r for r in members if _sha256(r) in order), key=lambda r: order[_sha256(r)])
+        kept |= {r.step: f"among the best {rule.best} by {rule.metric}" for r in judged[: rule.best]}
+    measured = {sha256 for rows in newest.values() for sha256 in rows}
+    unjudged = (r.step for r in members if _sha256(r) not in measured)
     return kept | {step: f"it has no result {rule.metric} yet" for step in unjudged}
 
 

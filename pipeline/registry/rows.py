@@ -126,6 +126,30 @@ def flat(row: Event) -> dict[str, Any]:
     return found
 
 
+def result_rows(table: pa.Table) -> Rows[ResultRow]:
+    """The events behind a table of results, in its order."""
+    found = table.drop_columns(["id"]).to_pylist()
+    return Rows(
+        (ResultRow.model_validate(row | {"evaluator": json.loads(row["evaluator"])}) for row in found),
+        "results",
+    )
+
+
+def first_of_each(table: pa.Table, keys: Sequence[str], *, lower: bool) -> pa.Table:
+    """The best result of each combination of the fields `keys`, in no order; the oldest among equals.
+
+    The model as it was trained goes before variants of it (other labels, resolution, acceleration), whatever
+    their values.
+    """
+    table = table.append_column("_varied", pc.not_equal(table["variant"], ""))
+    order = "ascending" if lower else "descending"
+    ages = [(name, "ascending") for name in ("created_at", "step", "id")]
+    table = table.sort_by([("_varied", "ascending"), ("value", order), *ages])
+    table = table.append_column("_place", pa.array(range(len(table)), pa.int64()))
+    firsts = table.group_by(list(keys)).aggregate([("_place", "min")])["_place_min"]
+    return table.take(firsts).drop_columns(["_varied", "_place"])
+
+
 _OPERATORS = {
     "!=": pc.not_equal,
     ">=": pc.greater_equal,
@@ -165,7 +189,8 @@ def select(
         table = _keep(table, *match.groups())
     for name, value in (equal or {}).items():
         if value is not None:
-            table = _keep(table, name, "=", str(value))
+            text = json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+            table = _keep(table, name, "=", text)
     if sort:
         name, order = sort.lstrip("-"), "descending" if sort.startswith("-") else "ascending"
         _field(table, name)

@@ -17,9 +17,13 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cluster import storage
 from cluster.errors import ConfigError
 from pipeline.record import Record
+from pipeline.registry.evaluated import DATA_FIELDS, data_in, data_names
 from pipeline.registry.events import (
     FOLDERS,
     CheckpointRow,
@@ -30,10 +34,10 @@ from pipeline.registry.events import (
     events_of,
     parse,
 )
-from pipeline.registry.rows import Rows
+from pipeline.registry.metrics import direction
+from pipeline.registry.rows import Rows, first_of_each, result_rows, select
 from stages.config import nearest
 
-LOWER_IS_BETTER = {"loss", "ece", "latency_p50_ms", "latency_p99_ms", "peak_memory_bytes", "flops"}
 _probed: set[str] = set()  # roots whose store was seen to refuse a second create
 
 
@@ -79,14 +83,16 @@ class Registry:
 
         A list, with `.to_pandas()` and `.to_arrow()`. Raises ConfigError for a field that rows do not have.
         """
-        for name in equal:
-            if name not in ResultRow.model_fields:
-                raise ConfigError(
-                    f"results have no field '{name}'", remedy=nearest(name, list(ResultRow.model_fields))
-                )
-        rows = self.read("results")
-        kept = [r for r in rows if all(v is None or getattr(r, k) == v for k, v in equal.items())]
-        return Rows(sorted(kept, key=lambda r: (r.created_at, r.step, r.metric)), "results")
+        return result_rows(self.results_table(**equal))
+
+    def results_table(self, **equal: Any) -> pa.Table:
+        """The same as an Arrow table (rows.py), which is far quicker for many rows.
+
+        What the Delta view has comes from there, where there is one; the rest from the events.
+        """
+        from pipeline.registry import delta  # imports this module
+
+        return select(delta.current(self.root, "results"), equal=equal)
 
     def checkpoints(self) -> Rows[CheckpointRow]:
         """All checkpoint rows, oldest first."""
@@ -96,23 +102,54 @@ class Registry:
         """How every step ended, oldest first."""
         return Rows(sorted(self.read("runs"), key=lambda r: (r.created_at, r.step)), "runs")
 
-    def best(self, metric: str, **equal: Any) -> ResultRow:
-        """The best row of `metric`: the highest value, or the lowest for losses, latencies, memory and FLOPs.
+    def best(self, metric: str, *, lower_is_better: bool | None = None, **equal: Any) -> ResultRow:
+        """The best row of `metric`, among those whose fields equal the given ones.
 
         Rows of the model as it was trained go before variants of it (other labels, resolution, acceleration),
         unless `variant` is given.
 
-        Raises ConfigError when no row has that metric, naming those there are.
+        Raises:
+            ConfigError: no row has that metric; nobody knows its direction (metrics.py; say `lower_is_better`); or it
+                was measured on different data, whose values say nothing of each other.
         """
-        rows = self.results(metric=metric, **equal)
-        if not rows:
-            metrics = sorted({row.metric for row in self.results()})
+        table = self._measured(metric, equal)
+        if len(found := data_in(table)) > 1:
+            names = data_names(found)
+            raise ConfigError(
+                f"'{metric}' was measured on different data, and their values cannot be compared",
+                found=", ".join(names[data] for data in found),
+                remedy="choose: --dataset, --split, --evaluated FINGERPRINT; or the best of each: --by dataset, "
+                "--by evaluated_fingerprint",
+            )
+        return result_rows(first_of_each(table, [], lower=direction(metric, lower_is_better)))[0]
+
+    def best_of_each(
+        self, metric: str, by: str, *, lower_is_better: bool | None = None, **equal: Any
+    ) -> Rows[ResultRow]:
+        """Like `best`, the best for each value of the field `by` and each data that the metric was measured on."""
+        if by not in ResultRow.model_fields:
+            raise ConfigError(
+                f"results have no field '{by}'", remedy=nearest(by, list(ResultRow.model_fields))
+            )
+        table = self._measured(metric, equal)
+        table = table.filter(pc.is_valid(table[by]))
+        keys = list(dict.fromkeys((by, *DATA_FIELDS)))
+        table = first_of_each(table, keys, lower=direction(metric, lower_is_better))
+        return result_rows(table.sort_by([(key, "ascending") for key in keys]))
+
+    def _measured(self, metric: str, equal: dict[str, Any]) -> pa.Table:
+        """The rows of a metric; raises ConfigError where there is none, naming the metrics that there are."""
+        table = self.results_table(metric=metric, **equal)
+        if not len(table):
+            metrics = sorted(set(self.results_table()["metric"].to_pylist()))
+            if metric in metrics:
+                told = ", ".join(f"{k}={v}" for k, v in equal.items() if v is not None)
+                raise ConfigError(f"no result with metric '{metric}' and {told} under {self.root}")
             raise ConfigError(
                 f"no result with metric '{metric}' under {self.root}",
                 remedy=nearest(metric, metrics) if metrics else "run a recipe that evaluates, then ask again",
             )
-        plain = [row for row in rows if not row.variant] if equal.get("variant") is None else rows
-        return better_first(plain or rows)[0]
+        return table
 
     def ids(self, folder: str) -> dict[str, str]:
         """Event id -> URI of every event in a folder."""
@@ -126,9 +163,7 @@ class Registry:
             return list(pool.map(lambda uri: parse(uri, FOLDERS[folder]), wanted))
 
 
-def better_first(rows: list[ResultRow]) -> list[ResultRow]:
+def better_first(rows: list[ResultRow], *, lower: bool) -> list[ResultRow]:
     """Rows of one metric, the best first; the oldest first among equals."""
-    if not rows:
-        return []
-    sign = 1 if rows[0].metric in LOWER_IS_BETTER else -1
+    sign = 1 if lower else -1
     return sorted(rows, key=lambda row: (not math.isfinite(row.value), sign * row.value, row.created_at))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.registry import ResultRow
+from pipeline.registry.evaluated import data_names, data_of
 
 POINTS = 2000  # of a curve; more are thinned out evenly
 ACCURACY = "top1"
@@ -89,11 +90,12 @@ def accuracy_speed(rows: Sequence[ResultRow], href: Callable[[ResultRow], str | 
         href: the page of a row's weights, if there is one.
     """
     accuracy: dict[ModelKey, dict[str, float]] = {}
+    data_name = data_names(map(data_of, rows))
     # Of several ways to judge the same predictions the plain one counts: it has the shortest name.
     for row in sorted(rows, key=lambda row: -len(row.variant)):
         if row.metric == ACCURACY and _finite(row.value):
             labels = " ReaL" if row.evaluator.get("kind") == "real" else ""
-            accuracy.setdefault(model_of(row), {})[f"{row.dataset}/{row.split}{labels}"] = row.value
+            accuracy.setdefault(model_of(row), {})[data_name[data_of(row)] + labels] = row.value
     charts = []
     for metric, (title, unit, factor) in SPEEDS.items():
         drawn = [row for row in rows if row.metric == metric and model_of(row) in accuracy]

@@ -19,7 +19,8 @@ import pyarrow.csv
 
 from cluster import storage
 from cluster.errors import NotFound, PreflightError
-from pipeline.registry import ResultRow, Rows
+from pipeline.registry import ResultRow, Rows, metrics
+from pipeline.registry.evaluated import clashing, data_names, data_of
 from pipeline.report import charts, graph, tables
 from pipeline.report.read import Snapshot, StepInfo, metric_lines, pictures
 
@@ -55,8 +56,9 @@ class Site:
         self._environment.globals |= {
             "root": snapshot.root, "steps": snapshot.steps, "page_of": self.page_of, "live_s": live_s,
             "problem": problem, "aliases_of": snapshot.aliases_of, "deleted": snapshot.deleted, "most_rows": ROWS,
-            "all_kinds": KINDS,
+            "all_kinds": KINDS, "data_name": self._data_name,
         }  # fmt: skip
+        self._data_names = data_names(map(data_of, snapshot.results))
         self._makers: dict[str, Callable[[], bytes | None]] = {
             "index.html": self._index,
             "results.html": self._results,
@@ -93,15 +95,15 @@ class Site:
 
     def _index(self) -> bytes:
         rows = self.snapshot.results
-        metrics, lines = tables.leaderboard(rows, self._trained)
+        columns, lines = tables.leaderboard(rows, self._trained)
         speed = charts.accuracy_speed(
             rows, lambda row: self.page_of.get(self._trained.get(row.checkpoint_sha256, row.step))
         )
         states = [info.state for info in self.snapshot.steps.values()]
         counts = {state: states.count(state) for state in sorted(set(states), key=_STATES.index)}
         return self._page(
-            "index.html", page="index.html", metrics=metrics, lines=lines, charts=speed, counts=counts,
-            more_metrics=tables.metrics_of(rows)[tables.METRICS :],
+            "index.html", page="index.html", metrics=columns, lines=lines, charts=speed, counts=counts,
+            different_data=clashing(self._data_names), more_metrics=tables.metrics_of(rows)[tables.METRICS :],
         )  # fmt: skip
 
     def _results(self) -> bytes:
@@ -151,6 +153,9 @@ class Site:
             drawn=self._drawn(near), origins=origins,
             config=json.dumps(record.config, indent=2) if record else "",
         )  # fmt: skip
+
+    def _data_name(self, row: ResultRow) -> str:
+        return self._data_names[data_of(row)]
 
     def _origins(self, step: str) -> list[str]:
         import networkx as nx
@@ -211,8 +216,8 @@ def _environment() -> Any:
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     environment.filters |= {
-        "measure": tables.measure, "unit": tables.unit, "heading_unit": tables.heading_unit,
-        "plain": tables.plain, "size": tables.size,
+        "measure": metrics.measure, "unit": metrics.unit, "heading_unit": metrics.heading_unit,
+        "direction": metrics.known_direction, "plain": metrics.plain, "size": tables.size,
         "duration": tables.duration, "moment": tables.moment,
     }  # fmt: skip
     return environment

@@ -1,4 +1,4 @@
-"""The leaderboard, and how values are written: with units, and no more digits than they deserve."""
+"""The leaderboard, and how sizes and times are written: with units, and no more digits than they deserve."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.registry import LOWER_IS_BETTER, ResultRow, better_first
+from pipeline.registry import ResultRow, better_first
+from pipeline.registry.evaluated import data_names, data_of
 from pipeline.registry.events import ANY_DATA
+from pipeline.registry.metrics import known_direction
 from pipeline.report.charts import ModelKey, model_of
 
 METRICS = 14  # columns of the leaderboard; further metrics are on the page of all results
@@ -20,32 +22,13 @@ _FIRST = (
 )  # fmt: skip
 # Metrics of a classifier's whole model, to which its speed belongs.
 _OF_A_MODEL = {"top1", "top5", "loss"}
-# Metric -> unit, factor, digits after the point (None: four significant ones).
-_UNITS: dict[str, tuple[str, float, int | None]] = {
-    "top1": ("%", 1.0, 2),
-    "top5": ("%", 1.0, 2),
-    "knn_top1": ("%", 1.0, 2),
-    "linear_top1": ("%", 1.0, 2),
-    "mean_class_top1": ("%", 1.0, 2),
-    "worst_class_top1": ("%", 1.0, 2),
-    "loss": ("", 1.0, 4),
-    "ece": ("", 1.0, 4),
-    "images_per_s": ("images/s", 1.0, None),
-    "latency_p50_ms": ("ms", 1.0, None),
-    "latency_p99_ms": ("ms", 1.0, None),
-    "flops": ("GFLOPs", 1e-9, None),
-    "peak_memory_bytes": ("MB", 1e-6, None),
-    "memory_bytes": ("MB", 1e-6, None),
-    "train_seconds": ("s", 1.0, None),
-}
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of the leaderboard: some weights, in one variant, on some data; the value of each metric."""
 
-    dataset: str
-    split: str
+    data: str  # its name; with digits of its fingerprint where equal names are different data
     variant: str
     step: str  # that made the weights, or that evaluated them where nobody knows
     sha256: str
@@ -64,23 +47,27 @@ def metrics_of(rows: Sequence[ResultRow]) -> list[str]:
 
 
 def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[list[str], list[Line]]:
-    """The metrics that are columns, and the lines, best first by the first of these.
+    """The metrics that are columns, and the lines: by data, best first by the first metric (oldest first where nobody
+    knows which way it is better).
 
     Args:
         rows: oldest first.
         trained: sha256 of weights -> the step that made them.
     """
     metrics = metrics_of(rows)[:METRICS]
-    groups: dict[tuple[str, str, str, str], dict[str, ResultRow]] = {}
+    groups: dict[tuple[Any, ...], dict[str, ResultRow]] = {}
     speeds: dict[ModelKey, dict[str, ResultRow]] = {}
     for row in rows:
         if row.dataset != ANY_DATA:
-            place = (row.dataset, row.split, row.checkpoint_sha256, row.variant)
+            place = (data_of(row), row.checkpoint_sha256, row.variant)
             groups.setdefault(place, {})[row.metric] = row  # the newest
         else:  # of several batch sizes the best
             found = speeds.setdefault(model_of(row), {})
-            found[row.metric] = better_first([row, *(found[m] for m in (row.metric,) if m in found)])[0]
-    joined: dict[tuple[str, str, str, str], dict[str, ResultRow]] = {}
+            other, low = found.get(row.metric), known_direction(row.metric)
+            if other is not None and low is not None:  # the newest, where nobody knows which is better
+                row = better_first([row, other], lower=low)[0]
+            found[row.metric] = row
+    joined: dict[tuple[Any, ...], dict[str, ResultRow]] = {}
     for place, own in groups.items():
         joined[place] = own
         for key in dict.fromkeys(model_of(row) for row in own.values() if row.metric in _OF_A_MODEL):
@@ -88,52 +75,23 @@ def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[lis
     measured = {model_of(row) for own in groups.values() for row in own.values() if row.metric in _OF_A_MODEL}
     for key in speeds.keys() - measured:
         one = next(iter(speeds[key].values()))
-        joined[ANY_DATA, ANY_DATA, one.checkpoint_sha256, one.variant] = speeds[key]
+        joined[data_of(one), one.checkpoint_sha256, one.variant] = speeds[key]
     lines = []
-    for (dataset, split, sha256, variant), values in joined.items():
-        own = groups.get((dataset, split, sha256, variant), values)
+    names = data_names(data for data, _, _ in joined)
+    for (data, sha256, variant), values in joined.items():
+        own = groups.get((data, sha256, variant), values)
         last = max(own.values(), key=lambda row: row.created_at)
         facts = (last.init, last.seed, last.created_at, last.samples)
-        lines.append(Line(dataset, split, variant, trained.get(sha256, last.step), sha256, *facts, values))
-    sign = 1 if metrics and metrics[0] in LOWER_IS_BETTER else -1
+        lines.append(Line(names[data], variant, trained.get(sha256, last.step), sha256, *facts, values))
+    lower = known_direction(metrics[0]) if metrics else None
 
     def rank(line: Line) -> tuple[Any, ...]:
         row = line.values.get(metrics[0]) if metrics else None
-        known = row is not None and math.isfinite(row.value)
-        data = (line.dataset == ANY_DATA, line.dataset, line.split)
-        return (*data, not known, sign * row.value if known and row else 0.0, line.at)
+        known = row is not None and lower is not None and math.isfinite(row.value)
+        value = row.value * (1 if lower else -1) if known and row else 0.0
+        return (line.data == ANY_DATA, line.data, not known, value, line.at)
 
     return metrics, sorted(lines, key=rank)
-
-
-def unit(metric: str) -> str:
-    """The unit in which `measure` writes this metric; empty for a plain number."""
-    return _UNITS.get(metric, ("", 1.0, None))[0]
-
-
-def heading_unit(metric: str) -> str:
-    """The unit, where the metric's name does not say it."""
-    return "" if metric.endswith(("_per_s", "_ms", "_seconds")) else unit(metric)
-
-
-def measure(value: Any, metric: str = "") -> str:
-    """A metric's value as text, in its unit."""
-    if not isinstance(value, int | float):
-        return "" if value is None else str(value)
-    _, factor, digits = _UNITS.get(metric, ("", 1.0, None))
-    return f"{value * factor:.{digits}f}" if digits is not None else plain(value * factor)
-
-
-def plain(value: float) -> str:
-    """Four significant digits, thousands apart by commas: 12,480, 0.0731, 2.1e-06, nan."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if 1e-4 <= abs(value) < 1e15:
-        digits = max(3 - math.floor(math.log10(abs(value))), 0)
-        return f"{value:,.{digits}f}"
-    return f"{value:.3g}"
 
 
 def size(count: int) -> str:

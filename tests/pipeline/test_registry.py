@@ -144,8 +144,8 @@ def test_variants_stay_out_of_best_and_of_rules(root: str) -> None:
     registry.append([("results", better)])
     assert registry.best("top1").value == 3.0
     assert registry.best("top1", variant="real").value == 99.0
-    fulfils, verdict = check_rule("toy/val/top1 >= 50", plain.checkpoint_sha256, registry.results(), {})
-    assert not fulfils and verdict == "top1 1 against 50"
+    verdict = check_rule("toy/val/top1 >= 50", plain.checkpoint_sha256, registry.results(), {})
+    assert not verdict.holds and verdict.text == "top1 1 against 50"
 
 
 def test_values_that_are_not_finite_are_no_measurements() -> None:

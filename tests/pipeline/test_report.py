@@ -19,7 +19,7 @@ from cluster import storage
 from cluster.errors import ConfigError, NotFound
 from cluster.lease import Lease
 from pipeline.cli import app
-from pipeline.registry import Registry, ResultRow
+from pipeline.registry import Registry, ResultRow, metrics
 from pipeline.registry.deletions import Deletions
 from pipeline.registry.lineage import find
 from pipeline.report import build, charts, graph, tables
@@ -161,15 +161,41 @@ def test_leaderboard_puts_the_best_first_and_joins_speed_to_every_data_set() -> 
         speed("images_per_s", 100.0, evaluator={"batch": 1}), speed("images_per_s", 90.0, evaluator={"batch": 2}),
         speed("images_per_s", 7.0, "c" * 64),
     ]  # fmt: skip
-    metrics, lines = tables.leaderboard(rows, {"b" * 64: "finetune/b/v1"})
-    assert metrics == ["top1", "top5", "images_per_s"]
-    found = [(line.step, line.dataset, {n: r.value for n, r in line.values.items()}) for line in lines]
+    columns, lines = tables.leaderboard(rows, {"b" * 64: "finetune/b/v1"})
+    assert columns == ["top1", "top5", "images_per_s"]
+    found = [(line.step, line.data, {n: r.value for n, r in line.values.items()}) for line in lines]
     assert found == [
-        ("evaluate/a/v1", "other", {"top1": 60.0, "images_per_s": 100.0}),
-        ("finetune/b/v1", "toys", {"top1": 80.0}),
-        ("evaluate/a/v1", "toys", {"top1": 70.0, "top5": 90.0, "images_per_s": 100.0}),
+        ("evaluate/a/v1", "other/val", {"top1": 60.0, "images_per_s": 100.0}),
+        ("finetune/b/v1", "toys/val", {"top1": 80.0}),
+        ("evaluate/a/v1", "toys/val", {"top1": 70.0, "top5": 90.0, "images_per_s": 100.0}),
         ("evaluate/a/v1", "any", {"images_per_s": 7.0}),
     ]
+
+
+def test_leaderboard_keeps_different_data_of_one_name_apart(tmp_path: Path) -> None:
+    rows = [
+        row("top1", 70.0, evaluated_fingerprint="1" * 64), row("top1", 90.0, "b" * 64, evaluated_fingerprint="2" * 64),
+        row("top1", 60.0, evaluated_fingerprint="2" * 64),
+    ]  # fmt: skip
+    _, lines = tables.leaderboard(rows, {})
+    found = [(line.data, line.values["top1"].value) for line in lines]
+    assert found == [
+        ("toys/val (11111111)", 70.0),
+        ("toys/val (22222222)", 90.0),
+        ("toys/val (22222222)", 60.0),
+    ]
+    root = str(tmp_path / "root")
+    Registry(root).append([("results", r) for r in rows])
+    page = build(root, tmp_path / "report").read_text()
+    assert "There are different data called toys/val" in page and "toys/val (22222222)" in page
+
+
+def test_leaderboard_of_an_unknown_metric_is_in_order_of_time_and_says_so(tmp_path: Path) -> None:
+    rows = [row("mine", value, f"{n:064x}", created_at=f"202{n}") for n, value in enumerate((2.0, 9.0, 1.0))]
+    assert [line.values["mine"].value for line in tables.leaderboard(rows, {})[1]] == [2.0, 9.0, 1.0]
+    Registry(str(tmp_path / "root")).append([("results", r) for r in rows])
+    page = build(str(tmp_path / "root"), tmp_path / "report").read_text()
+    assert "Nobody has declared whether higher or lower values of mine are better" in page
 
 
 @pytest.mark.parametrize("count", [1200, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -295,8 +321,9 @@ def test_names_of_pages_do_not_clash() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (tables.measure(78.123, "top1"), "78.12"), (tables.measure(17.6e9, "flops"), "17.60"), (tables.plain(0.0), "0"),
-        (tables.plain(12480.4), "12,480"), (tables.plain(2.13e-6), "2.13e-06"), (tables.plain(float("nan")), "nan"),
+        (metrics.measure(78.123, "top1"), "78.12"), (metrics.measure(17.6e9, "flops"), "17.60"),
+        (metrics.plain(0.0), "0"),
+        (metrics.plain(12480.4), "12,480"), (metrics.plain(2.13e-6), "2.13e-06"), (metrics.plain(float("nan")), "nan"),
         (tables.size(999), "999 B"), (tables.size(999_999), "1.0 MB"), (tables.size(5_518_040), "5.5 MB"),
         (tables.duration(0.44), "0.4 s"), (tables.duration(59.7), "1 min"), (tables.duration(12000), "3 h 20 min"),
         (tables.duration(None), ""), (tables.moment("2026-11-22T16:40:22.109+00:00"), "2026-11-22 16:40"),
