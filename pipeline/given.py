@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, TypeVar
 
+from cluster import storage
 from cluster.errors import ConfigError, ItpnError
 from pipeline.recipes._downstream import FromCheckpoints
 from pipeline.recipes._imagenet import IMAGENET
@@ -13,6 +14,7 @@ from pipeline.registry import Registry
 from pipeline.registry.lineage import find, read_record
 from stages.adopt.config import AdoptConfig
 from stages.adopt.outside import examine, weights_file
+from stages.data.class_names import read_class_names
 from stages.model.config import BackboneConfig, sizes
 from stages.shard.config import ShardConfig
 
@@ -26,7 +28,7 @@ SHAPE = (
 class Given:
     """The checkpoint that was named: what it is, and, where the registry knows it, how it was made."""
 
-    def __init__(self, root: str, text: str, ema: bool) -> None:
+    def __init__(self, root: str, text: str, ema: bool, classes: str = "") -> None:
         if not text:
             raise ConfigError(
                 "no checkpoint was given",
@@ -47,13 +49,19 @@ class Given:
                 ) from None
             weights, known = row.checkpoint.uri, row.checkpoint
         found = examine(weights, ema=ema)
-        self.config = AdoptConfig(uri=found.uri, sha256=found.sha256, ema=ema, known=known)
         self.kind: str = found.config["kind"]
+        self.config = AdoptConfig(
+            uri=found.uri, sha256=found.sha256, config_sha256=found.config_sha256, ema=ema, known=known
+        )
         self.backbone = BackboneConfig.parse(found.config["backbone"])
         self.size = next((name for name, size in sizes.items() if _same(size, self.backbone)), None)
         self.record: Record | None = read_record(root, row.step) if known else None
         stem = (self.size or "model").replace("fast_itpn_", "")
         self.name = f"{stem}-{found.sha256[:8]}"
+        if classes:
+            digest = _classes_sha256(classes, found.config.get("num_classes", 0))
+            self.config = self.config.model_copy(update={"classes": classes, "classes_sha256": digest})
+            self.name += f"-classes-{digest[:8]}"
 
 
 def about(config: AnyRecipe, root: str, given: Given, data: str) -> AnyRecipe:
@@ -61,6 +69,16 @@ def about(config: AnyRecipe, root: str, given: Given, data: str) -> AnyRecipe:
     shard, version = _data(root, given, data)
     update: dict[str, Any] = {"checkpoints": {given.name: given.config}, "data": shard}
     return config.model_copy(update=update | {"data_version": version})
+
+
+def _classes_sha256(uri: str, rows: int) -> str:
+    """sha256 of a file of class names; raises ConfigError or DataInvalid when it does not name `rows` classes."""
+    if not rows:
+        raise ConfigError(
+            "the checkpoint has no classes to name", expected="a classifier", remedy="leave out --classes"
+        )
+    read_class_names(uri, rows)
+    return storage.sha256_bytes(storage.read_bytes(uri))
 
 
 def _data(root: str, given: Given, text: str) -> tuple[ShardConfig, str]:

@@ -40,6 +40,13 @@ DataOpt = Annotated[
         "--data", help="URI of the images, or a finished shard step; else what the checkpoint was trained on."
     ),
 ]
+ClassesOpt = Annotated[
+    str,
+    typer.Option(
+        "--classes",
+        help="A published classifier's class names: a WordNet id on each line, in its head's order.",
+    ),
+]
 
 
 @guarded
@@ -51,6 +58,7 @@ def finetune(
         str, typer.Option(help="Recipe of the values; by default that of the model's size.")
     ] = "",
     ema: Annotated[bool, typer.Option("--ema", help="A published file's averaged weights.")] = False,
+    classes: ClassesOpt = "",
     set_: SetOpt = [],  # noqa: B006  (typer copies it)
     only: OnlyOpt = [],  # noqa: B006
     dry_run: DryRunOpt = False,
@@ -71,7 +79,7 @@ def finetune(
     from pipeline.given import SHAPE, Given, about
     from pipeline.recipes._downstream import DownstreamRecipe
 
-    given = Given(root_of(root), checkpoint, ema)
+    given = Given(root_of(root), checkpoint, ema, classes)
     name = recipe or (
         f"downstream_{given.size.removeprefix('fast_itpn_')}" if given.size else "downstream_base"
     )
@@ -109,6 +117,7 @@ def evaluate(
     root: RootOpt = "",
     data: DataOpt = "",
     ema: Annotated[bool, typer.Option("--ema", help="A published file's averaged weights.")] = False,
+    classes: ClassesOpt = "",
     set_: SetOpt = [],  # noqa: B006
     dry_run: DryRunOpt = False,
     no_wait: NoWaitOpt = False,
@@ -127,7 +136,7 @@ def evaluate(
     from pipeline.given import Given, about
     from pipeline.recipes._imagenet import WHOLE_IMAGE_FROM
 
-    given = Given(root_of(root), checkpoint, ema)
+    given = Given(root_of(root), checkpoint, ema, classes)
     module = recipes.load("evaluate")
     config = module.Recipe()
     size = given.backbone.img_size

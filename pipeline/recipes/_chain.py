@@ -9,6 +9,7 @@ from typing import Literal
 from cluster.errors import ConfigError
 from cluster.resources import Resources
 from pipeline.recipes._jobs import Job, configured, labels
+from pipeline.recipes._label_files import pinned
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig, LastConfig
 from stages.adopt.stage import run as adopt
@@ -51,7 +52,7 @@ def evaluate_step(
         name=name,
         version=version,
         fn=evaluate,
-        config=config,
+        config=pinned(config),
         inputs={"data": data, "checkpoint": checkpoint},
         resources=resources,
     )
@@ -101,7 +102,7 @@ def fan_out(
         weights: what is evaluated: those that fine-tuning hands on (averaged, where it keeps an average), its last
             ones, or both.
     """
-    evaluations = []
+    evaluations, evaluation = [], pinned(evaluation)
     for job in jobs:
         config = configured(finetuning, job, accelerate)
         init = _checkpoint(job, checkpoints)

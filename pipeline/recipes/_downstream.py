@@ -6,16 +6,17 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from cluster.errors import PreflightError
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import Machines, adopt_step, fan_out, shard_step
 from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
 from pipeline.recipes._jobs import Grid, Job, expand
+from pipeline.recipes._label_files import label_files
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
 from pipeline.search import Search
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
+from stages.adopt.stage import refuse_unpinned
 from stages.config import Config, not_identity
 from stages.evaluate.config import EvaluateConfig
 from stages.finetune.config import FinetuneConfig
@@ -106,6 +107,7 @@ def from_checkpoints_requirements(
         )
     )
     needs += [_given(name, source) for name, source in config.checkpoints.items()]
+    needs += label_files("evaluate", config.evaluate)
     needs += other_requirements(config.also)
     return needs
 
@@ -120,11 +122,7 @@ def _given(name: str, source: AdoptConfig) -> preflight.Requirement:
 
     def check() -> str:
         found = there.check()
-        if not source.sha256:
-            raise PreflightError(
-                "its sha256 is not given, and a checkpoint is what its bytes are",
-                remedy=f"--set checkpoints.{name}.sha256=… (what `sha256sum FILE` prints); itpn finetune finds it out",
-            )
+        refuse_unpinned(source, name)
         return found
 
     return preflight.Requirement(there.name, check, there.kinds)

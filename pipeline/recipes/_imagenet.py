@@ -8,6 +8,7 @@ from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import Machines, at_size, evaluate_step, fan_out, pretrain_step, shard_step
 from pipeline.recipes._jobs import Grid, Job, expand
+from pipeline.recipes._label_files import label_files
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
 from pipeline.search import Search
 from pipeline.step import Step
@@ -119,5 +120,7 @@ def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[p
             "(TEACHER=PATH with make)",
             "pretrain",
         ),
+        *label_files("evaluate", config.evaluate),
+        *label_files("probe", config.probe),
         *other_requirements(config.also),
     ]

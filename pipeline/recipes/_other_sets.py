@@ -13,6 +13,7 @@ from dataclasses import replace
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import shard_step
+from pipeline.recipes._label_files import pinned
 from pipeline.step import Step
 from stages.config import Config
 from stages.evaluate.config import Classification, EvaluateConfig, Real
@@ -44,16 +45,15 @@ def also_on(evaluations: Sequence[Step], also: OtherSets, version: str, resource
     """
     steps = list(evaluations)
     for name, uri in also.given().items():
+        only = EvaluateConfig(evaluators=(Real(labels=uri) if name == REAL else Classification(),))
+        evaluators = pinned(only).evaluators
         for step in evaluations:
             assert isinstance(step.config, EvaluateConfig)
-            inputs, evaluator = (
-                dict(step.inputs),
-                Real(labels=uri) if name == REAL else Classification(),
-            )
+            inputs = dict(step.inputs)
             if name != REAL:
                 images = ShardConfig(name=name, source=uri, splits=("val",), shard_bytes=64 * 2**20)
                 inputs["data"] = shard_step(images, version, resources)
-            config = step.config.model_copy(update={"evaluators": (evaluator,), "split": "val"})
+            config = step.config.model_copy(update={"evaluators": evaluators, "split": "val"})
             steps.append(replace(step, name=f"{name}-{step.name}", config=config, inputs=inputs))
     return steps
 

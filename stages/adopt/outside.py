@@ -9,19 +9,20 @@ from cluster import storage
 from stages.artifacts import CheckpointRef
 from stages.model.files import local_copy
 from stages.model.infer import infer_config
-from stages.model.io import WEIGHTS, read_described
+from stages.model.io import CONFIG, WEIGHTS, config_beside, read_described
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Outside:
-    """A weights file: `config` is what our `config.json` would say of it."""
+    """A weights file: `config` is what our `config.json` would say of it, `config_sha256` that of one beside it."""
 
     uri: str
     sha256: str
     bytes: int
     config: dict[str, Any]
+    config_sha256: str | None = None
 
     def reference(self) -> CheckpointRef:
         """The file as a stage's input; of its training nothing is known."""
@@ -59,4 +60,11 @@ def examine(uri: str, *, ema: bool = False) -> Outside:
         sha256, size = storage.sha256_file(path), path.stat().st_size
         state, config = read_described(uri, path, ema=ema)
         config = config or infer_config(state)
-    return Outside(storage.join(uri), sha256, size, config)
+    return Outside(storage.join(uri), sha256, size, config, config_sha256(uri))
+
+
+def config_sha256(weights: str) -> str | None:
+    """sha256 of the `config.json` that says what model a weights file is of; None where none lies beside it."""
+    if config_beside(weights) is None:
+        return None
+    return storage.sha256_bytes(storage.read_bytes(storage.join(weights.rsplit("/", 1)[0], CONFIG)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
@@ -23,8 +24,8 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
     """Verify a checkpoint from outside, load it, and write it in our layout.
 
     Raises:
-        ConfigError: no file, or no sha256, was given.
-        DataInvalid: the file is missing, another one than pinned, or not weights of a model that we know.
+        ConfigError: no file, or no sha256, was given; or the class names are not those of its head.
+        DataInvalid: a file is missing, another one than pinned, or not weights of a model that we know.
     """
     from stages.adopt.outside import Outside
     from stages.model import load_into, save_model
@@ -33,17 +34,14 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
     from stages.model.infer import infer_config, some
     from stages.model.io import build, read_described
 
-    if not config.uri or not config.sha256:
-        raise ConfigError(
-            "the checkpoint is not named whole",
-            expected="uri and sha256",
-            found=f"uri {config.uri or 'none'}, sha256 {config.sha256 or 'none'}",
-            remedy="itpn finetune and itpn evaluate find out the sha256; or give what `sha256sum FILE` prints",
-        )
+    refuse_unpinned(config)
+    assert config.sha256 is not None
     with local_copy(config.uri, sha256=config.sha256) as path:
         state, own = read_described(config.uri, path, ema=config.ema)
     model = build(own or infer_config(state))
     report = load_into(model, state, allow_missing=())
+    if config.classes:
+        _name_classes(model, config)
     description = describe(model)
     with tempfile.TemporaryDirectory(prefix="itpn-adopt-") as folder:
         save_model(folder, model.state_dict(), description)
@@ -54,6 +52,70 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
     if report.dropped:  # of pre-training, say, without the rest of it
         notes.append(f"left out, since a {description['kind']} has no place for it: {some(report.dropped)}")
     return Outcome(artifact=_at(known, files, context), files=files, notes=notes)
+
+
+def refuse_unpinned(config: AdoptConfig, name: str = "NAME") -> None:
+    """Raise ConfigError for a checkpoint that is not pinned whole, DataInvalid for another config than pinned.
+
+    `name` is what the recipe calls the checkpoint, for the remedy.
+    """
+    from stages.adopt.outside import config_sha256
+
+    remedy = f"itpn finetune and itpn evaluate find it out; else --set checkpoints.{name}."
+    given = f"uri {config.uri or 'none'}, sha256 {config.sha256 or 'none'}"
+    if not config.uri or not config.sha256:
+        raise ConfigError(
+            "the checkpoint is not named whole: it is what its bytes are",
+            expected="uri and sha256",
+            found=given,
+            remedy=f"{remedy}sha256=… (what `sha256sum FILE` prints)",
+        )
+    if config.classes and not config.classes_sha256:
+        raise ConfigError(
+            f"the file of class names {config.classes} is not pinned",
+            expected="its sha256",
+            found="none",
+            remedy=f"{remedy}classes_sha256=… (what `sha256sum FILE` prints)",
+        )
+    beside = config_sha256(config.uri)
+    if beside == config.config_sha256:
+        return
+    if config.config_sha256 is None:
+        raise ConfigError(
+            f"the config.json beside {config.uri} is not pinned, and it decides what the weights mean",
+            expected="its sha256",
+            found="none",
+            remedy=f"{remedy}config_sha256={beside}",
+        )
+    raise DataInvalid(
+        f"the config.json beside {config.uri} is not the one that was pinned",
+        expected=f"sha256 {config.config_sha256}",
+        found=f"sha256 {beside}" if beside else "none",
+        remedy="bring it back, or take the checkpoint in anew under a new version",
+    )
+
+
+def _name_classes(model: Any, config: AdoptConfig) -> None:
+    """Give a classifier the names of its file; raises ConfigError when it has others, or is none."""
+    from stages.data.class_names import read_class_names
+
+    rows = getattr(model, "num_classes", 0)
+    if not rows:
+        raise ConfigError(
+            f"{config.uri} has no classes to name", expected="a classifier", remedy="leave out `classes`"
+        )
+    names = tuple(read_class_names(config.classes, rows, config.classes_sha256))
+    if model.classes not in (None, names):
+        differing = next(
+            i for i, (own, other) in enumerate(zip(model.classes, names, strict=True)) if own != other
+        )
+        raise ConfigError(
+            f"{config.classes} names other classes than the checkpoint's own config.json",
+            expected=f"class {differing} is {model.classes[differing]}",
+            found=names[differing],
+            remedy="leave out `classes`",
+        )
+    model.classes = names
 
 
 def run_last(config: LastConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:

@@ -62,7 +62,7 @@ class Real(OnData):
 
     kind: Literal["real"] = "real"
     labels: str = not_identity()
-    sha256: str | None = None  # pins the labels' file
+    sha256: str | None = None  # of the labels' file; recipes fill it in
 
 
 class Knn(OnData):
@@ -121,4 +121,5 @@ class EvaluateConfig(Config):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the model and its inputs")
     evaluators: tuple[Evaluator, ...] = Field(default=(Classification(),), min_length=1)
     classes: str | None = not_identity(None)
+    classes_sha256: str | None = None  # of that file; recipes fill it in
     timeout_s: float = not_identity(600.0, gt=0)

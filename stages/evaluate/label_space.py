@@ -2,20 +2,19 @@
 
 - By name, where the data set's class folders are classes of the classifier, all of them (ImageNet, -Sketch) or a
   part (-A, -R: 200 WordNet ids). Order does not matter.
-- By number, where the class folders are numbers: ImageNet-V2's folders 0 … 999 are class indices. Their order by
-  name (0, 1, 10, 100, …) means nothing.
+- By number, where the class folders are the numbers of all the classifier's classes: ImageNet-V2's folders 0 … 999
+  are indices in the order of the WordNet ids, so the classifier has 1000 classes. The folders' order by name
+  (0, 1, 10, 100, …) means nothing.
 - By order, where the classifier does not name its classes and has as many as the data set.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster import storage
-from cluster.errors import ConfigError, DataInvalid, NotFound
+from cluster.errors import ConfigError
 
 _SHOWN = 5
 # Where the sets come from whose labels are known here, by the names that recipes give them.
@@ -26,6 +25,11 @@ ORIGINS = {
     "imagenet-r": "imagenet-r.tar of https://github.com/hendrycks/imagenet-r, or the folder it unpacks to",
     "imagenet-sketch": "the zip of https://github.com/HaohanWang/ImageNet-Sketch, or the folder it unpacks to",
 }
+# A stage does not know whether a recipe or a person started it.
+CLASSES_REMEDY = (
+    "`--classes FILE` of itpn finetune and itpn evaluate, --set evaluate.classes=FILE with other recipes, or "
+    "`--set classes=FILE` of python -m stages.evaluate"
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,15 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
     if set(classes) <= row.keys():
         return LabelSpace(tuple(row[name] for name in classes), "name", rows)
     if all(name.isdecimal() and str(int(name)) == name for name in classes):
-        numbers = tuple(int(name) for name in classes)
-        if max(numbers) < rows:
-            return LabelSpace(numbers, "number", rows)
+        numbers = [int(name) for name in classes]
+        if sorted(numbers) == list(range(rows)):
+            # Numbers count the names in their order, whatever the order of the head.
+            order = [row[name] for name in sorted(names)] if names is not None else range(rows)
+            return LabelSpace(tuple(order[number] for number in numbers), "number", rows)
         raise ConfigError(
-            f"the class folders of '{dataset}' are numbers beyond the classifier's classes",
-            expected=f"class indices 0 to {rows - 1}, as in ImageNet-V2",
-            found=f"{max(numbers)}",
+            f"the class folders of '{dataset}' are numbers, but not those of the classifier's classes",
+            expected=f"folders 0 to {rows - 1}, one for each class; ImageNet-V2's 0 to 999 need a head of 1000",
+            found=f"{len(numbers)} folders, {min(numbers)} to {max(numbers)}",
             remedy="evaluate a classifier of the classes that the numbers count" + origin,
         )
     if names is None and len(classes) == rows:
@@ -77,7 +83,7 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
             "the classifier and the data set have different classes",
             expected=f"{len(classes)} classes, as '{dataset}' has, or names to match them by",
             found=rows,
-            remedy=f"{remedy}; the classifier does not name its classes: name them with --set classes=FILE",
+            remedy=f"{remedy}; the classifier does not name its classes: name them with {CLASSES_REMEDY}",
         )
     unknown = [name for name in classes if name not in row]
     raise ConfigError(
@@ -87,34 +93,3 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
         found=", ".join(unknown[:_SHOWN]),
         remedy=remedy + origin,
     )
-
-
-def read_classes(uri: str, rows: int) -> list[str]:
-    """Class names in index order from a text file (the first word of each line) or a data set's manifest.
-
-    Raises ConfigError when there is no file or it names another number of classes than the head has rows.
-    """
-    try:
-        data = storage.read_bytes(uri)
-    except NotFound:
-        raise ConfigError(
-            f"there is no file of class names at {uri}",
-            expected="one class (WordNet id) on each line in index order, as Kaggle's LOC_synset_mapping.txt, "
-            "or the manifest.json of the data set that the classifier was trained on",
-            remedy="correct `classes`",
-        ) from None
-    try:
-        if data.lstrip().startswith(b"{"):
-            names = [item["wnid"] for item in json.loads(data)["classes"]]
-        else:
-            names = [line.split()[0] for line in data.decode().splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataInvalid(f"{uri} does not name classes", found=error, remedy="correct `classes`") from None
-    if len(names) != rows or len(set(names)) != rows:
-        raise ConfigError(
-            f"{uri} does not name the classifier's classes",
-            expected=f"{rows} different names",
-            found=f"{len(names)} names, {len(set(names))} of them different",
-            remedy="give the classes that the classifier was trained on, in index order",
-        )
-    return names

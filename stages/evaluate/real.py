@@ -17,38 +17,31 @@ from torch import Tensor
 
 from cluster import distributed, storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
+from stages.data.class_names import read_pinned
 from stages.evaluate.found import Values
-from stages.evaluate.label_space import ORIGINS
+from stages.evaluate.label_space import ORIGINS, LabelSpace
 
 SOURCE = ORIGINS["imagenet-real"]
 _KEY = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})", re.IGNORECASE)
 _FORMAT = "a JSON list with a list of class indices for each of the 50,000 validation images"
 
 
-def read_labels(uri: str, sha256: str | None, rows: int) -> tuple[list[frozenset[int]], str]:
+def read_labels(uri: str, sha256: str | None, classes: int) -> tuple[list[frozenset[int]], str]:
     """The labels of every validation image and the file's sha256.
 
     Args:
         sha256: refuse any other file.
-        rows: classes of the classifier; labels lie below.
+        classes: of the data set; labels lie below.
 
     Raises ConfigError when there is no file, DataInvalid when it is another one or not in that format.
     """
     fetch = f"fetch {SOURCE} and set its path as `labels` of the evaluator"
     try:
-        data = storage.read_bytes(uri)
+        data = read_pinned(uri, sha256)
     except NotFound:
         raise ConfigError(
             f"the labels of ImageNet-ReaL are not at {uri}", expected=_FORMAT, found="no file", remedy=fetch
         ) from None
-    digest = storage.sha256_bytes(data)
-    if sha256 is not None and digest != sha256:
-        raise DataInvalid(
-            f"{uri} is not the file that was pinned",
-            expected=f"sha256 {sha256}",
-            found=f"sha256 {digest}",
-            remedy=fetch,
-        )
     try:
         content = json.loads(data)
         labels = [frozenset(item) for item in content]
@@ -66,14 +59,14 @@ def read_labels(uri: str, sha256: str | None, rows: int) -> tuple[list[frozenset
             remedy=fetch,
         )
     highest = max((label for item in labels for label in item), default=-1)
-    if highest >= rows:
+    if highest >= classes:
         raise ConfigError(
-            "the classifier does not know the labels of ImageNet-ReaL",
+            "the data set does not have the classes of the labels of ImageNet-ReaL",
             expected=f"at least {highest + 1} classes (ImageNet-1K's 1000)",
-            found=f"{rows}",
-            remedy="evaluate a classifier of ImageNet-1K",
+            found=f"{classes}",
+            remedy="evaluate on ImageNet-1K",
         )
-    return labels, digest
+    return labels, storage.sha256_bytes(data)
 
 
 class RealMeter:
@@ -82,7 +75,8 @@ class RealMeter:
     Args:
         labels, sha256: as `read_labels` returns them.
         key: sample id → its key in the data set, `n…/ILSVRC2012_val_00000001`.
-        names: the classifier's classes in index order, None where they are in the order of the WordNet ids.
+        space: the head's rows of the data set's classes.
+        classes: the data set's class names in label order.
         samples: of the whole split, which the counts must add up to.
 
     Attributes:
@@ -96,28 +90,36 @@ class RealMeter:
         labels: list[frozenset[int]],
         sha256: str,
         key: Callable[[int], str],
-        names: Sequence[str] | None,
+        space: LabelSpace,
+        classes: Sequence[str],
         *,
         device: str,
         samples: int,
     ) -> None:
         self.real, self.key, self.device, self.samples = labels, key, device, samples
-        self.covered, self.facts, self.notes = 0, {"labels_sha256": sha256}, list[str]()
-        self.order: list[int] | None = None  # row of the head -> index in the order of the names
-        if names is not None:
-            position = {name: index for index, name in enumerate(sorted(names))}
-            self.order = [position[name] for name in names]
+        self.covered, self.facts = 0, {"labels_sha256": sha256, "classes_by": space.how}
+        self.notes = (
+            [f"predictions among {len(classes)} of the classifier's {space.rows} classes"]
+            if space.is_subset
+            else []
+        )
+        named = sorted(
+            range(len(classes)), key=lambda i: int(classes[i]) if space.how == "number" else classes[i]
+        )
+        self.index = torch.tensor(
+            [space.index[i] for i in named], device=device
+        )  # ReaL's label -> the head's row
         self.counts = torch.zeros(3, dtype=torch.int64)  # samples, those with a label, hits
 
     def update(self, batch: Any, logits_BK: Tensor) -> None:
         """Count one batch."""
+        logits_BK = logits_BK.index_select(1, self.index)
         finite = torch.isfinite(logits_BK).all(1).tolist()
         for sample_id, predicted, known in zip(
             batch.sample_ids.tolist(), logits_BK.argmax(1).tolist(), finite, strict=True
         ):
             labels = self._labels(self.key(sample_id))
-            found = self.order[predicted] if self.order else predicted
-            self.counts += torch.tensor([1, bool(labels), known and found in labels])
+            self.counts += torch.tensor([1, bool(labels), known and predicted in labels])
 
     def finish(self) -> Values:
         """Yield `top1` (percent). Collective: every rank calls it once."""

@@ -168,6 +168,6 @@ def refuse_without_head(kind: str, num_classes: int) -> None:
             f"evaluator '{kind}' needs a classifier as the input 'checkpoint'",
             expected="weights with a head, of fine-tuning",
             found="weights without one, of pre-training",
-            remedy="fine-tune it first, or ask for evaluators that need no head: "
-            """--set evaluators='[{"kind": "knn"}, {"kind": "linear"}]'""",
+            remedy="fine-tune it first, or ask for evaluators that need no head: --set evaluate.evaluators="
+            """'[{"kind": "knn"}, {"kind": "linear"}]' (`--set evaluators=…` of python -m stages.evaluate)""",
         )

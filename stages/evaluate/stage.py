@@ -171,11 +171,13 @@ def _meter(bench: Workbench, evaluator: Classification | Real) -> Classification
 
     rows, dataset, names = bench.weights.num_classes, bench.split(bench.config.split), bench.class_names()
     refuse_without_head(evaluator.kind, rows)
+    space, samples = match(bench.data_name, dataset.classes, names, rows), len(dataset)
     if isinstance(evaluator, Real):
-        labels, digest = read_labels(evaluator.labels, evaluator.sha256, rows)
-        return RealMeter(labels, digest, dataset.key, names, device=bench.device, samples=len(dataset))
-    space = match(bench.data_name, dataset.classes, names, rows)
-    return ClassificationMeter(evaluator, space, dataset.classes, device=bench.device, samples=len(dataset))
+        labels, digest = read_labels(evaluator.labels, evaluator.sha256, len(dataset.classes))
+        return RealMeter(
+            labels, digest, dataset.key, space, dataset.classes, device=bench.device, samples=samples
+        )
+    return ClassificationMeter(evaluator, space, dataset.classes, device=bench.device, samples=samples)
 
 
 def _of_features(bench: Workbench) -> Iterator[Found]:

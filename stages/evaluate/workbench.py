@@ -12,11 +12,11 @@ from cluster import storage
 from cluster.distributed import World
 from stages.context import Progress
 from stages.data import augment
+from stages.data.class_names import read_class_names
 from stages.data.dataset import ShardDataset
 from stages.data.feed import EvalFeed
 from stages.evaluate.config import Classification, EvaluateConfig, Evaluator, Knn, Linear, OnData, Real
 from stages.evaluate.features import Features, collect
-from stages.evaluate.label_space import read_classes
 from stages.evaluate.setting import Setting, Weights, setting_of
 
 
@@ -70,8 +70,8 @@ class Workbench:
 
     def class_names(self) -> list[str] | None:
         """The classifier's classes in index order: as its own config or as the config's file names them."""
-        if self.weights.class_names is None and self.config.classes:
-            return read_classes(self.config.classes, self.weights.num_classes)
+        if self.weights.class_names is None and (uri := self.config.classes):
+            return read_class_names(uri, self.weights.num_classes, self.config.classes_sha256)
         return self.weights.class_names
 
     def class_facts(self) -> dict[str, str]:

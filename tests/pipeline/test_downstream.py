@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 
 from cluster import storage
 from pipeline.cli import app
-from stages.model import BackboneConfig, Classifier, MaskedFeatureModel, ObjectiveConfig, backbone_config
+from stages.model import (
+    BackboneConfig,
+    Classifier,
+    MaskedFeatureModel,
+    ObjectiveConfig,
+    backbone_config,
+    save_model,
+)
 from tests.stages.images import write_image_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -91,7 +98,38 @@ def test_recipe_without_a_pinned_checkpoint_says_how_to_pin_it(tmp_path: Path) -
     uri = published(tmp_path / "pre.pth", SMALL)
     flags = settings(f"checkpoints.base.uri={uri}", f"data.source={tmp_path}", "gpus_per_worker=0")
     told = refused("run", "downstream_base", "--root", str(tmp_path / "root"), *flags)
-    assert "a checkpoint is what its bytes are" in told and "checkpoints.base.sha256" in told
+    assert "it is what its bytes are" in told and "checkpoints.base.sha256=" in told
+    model = Classifier(SMALL, 2)
+    save_model(tmp_path / "ours", model.state_dict(), model.describe())
+    uri = str(tmp_path / "ours" / "model.safetensors")
+    flags[1] = f"checkpoints.base.uri={uri}"
+    flags += settings(
+        f"checkpoints.base.sha256={storage.sha256_file(uri)}", "checkpoints.base.classes=names.txt"
+    )
+    told = refused("run", "downstream_base", "--root", str(tmp_path / "root"), *flags)
+    assert "names.txt is not pinned" in told and "checkpoints.base.classes_sha256=" in told
+    flags += settings("checkpoints.base.classes=")
+    told = refused("run", "downstream_base", "--root", str(tmp_path / "root"), *flags)
+    digest = storage.sha256_file(tmp_path / "ours" / "config.json")
+    assert f"--set checkpoints.base.config_sha256={digest}" in told
+
+
+def test_class_names_of_a_published_head_are_part_of_what_it_is(tmp_path: Path) -> None:
+    uri = published(tmp_path / "small.pth", SMALL, classes=3)
+    short, root = storage.sha256_file(uri)[:8], str(tmp_path / "r")
+    file = tmp_path / "wnids.txt"
+    file.write_text("n01\nn02\nn03\n")
+    names = storage.sha256_file(file)[:8]
+    for command in ("finetune", "evaluate"):
+        given = (command, uri, "--root", root, "--data", "x/pets.tar")
+        ids = [step["step"] for step in planned(*given, "--classes", str(file))]
+        assert f"import/model-{short}-classes-{names}/v1" in ids
+        assert not {i for i in ids if not i.startswith("shard")} & {step["step"] for step in planned(*given)}
+    file.write_text("n01\nn02\n")
+    told = refused("finetune", uri, "--root", root, "--data", "x/pets.tar", "--classes", str(file))
+    assert "3 different names" in told
+    backbone = published(tmp_path / "pre.pth", SMALL)
+    assert "no classes to name" in refused("finetune", backbone, "--root", root, "--classes", str(file))
 
 
 def itpn(*arguments: str) -> dict:

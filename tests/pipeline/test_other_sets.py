@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pipeline import preflight, recipes
@@ -61,3 +64,63 @@ def test_set_that_is_not_there_is_told_with_its_origin(tmp_path, name: str) -> N
         f for f in preflight.examine(module.requirements(config, None)) if f.name == f"imagenet-{name}"
     ]
     assert not found.ok and "absent" in found.text and "https://github.com/" in found.remedy
+
+
+def test_corrected_labels_are_another_evaluation_and_their_path_is_none(tmp_path: Path) -> None:
+    """Of real.json as a further set, and as an evaluator of the recipe's own; and of class names."""
+    file, other = tmp_path / "real.json", tmp_path / "elsewhere.json"
+
+    def prints(path: Path) -> list[str]:
+        real = json.dumps([{"kind": "real", "labels": str(path)}])
+        values = {
+            "also__imagenet_real": str(path),
+            "evaluate__evaluators": real,
+            "evaluate__classes": str(path),
+        }
+        steps = built("pretrain_base", **values)
+        return [step.fingerprint for id_, step in sorted(steps.items()) if id_.startswith("evaluate/")]
+
+    file.write_text("[[1]]")
+    before = prints(file)
+    file.rename(other)
+    assert prints(other) == before
+    other.write_text("[[2]]")
+    after = prints(other)
+    assert sum(x != y for x, y in zip(before, after, strict=True)) == len(before) - 1, "all but the probe's"
+
+
+def test_each_file_decides_alone(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    for values in (
+        {"also__imagenet_real": str(file)},
+        {"evaluate__classes": str(file)},
+        {"evaluate__evaluators": json.dumps([{"kind": "real", "labels": str(file)}])},
+    ):
+        found = []
+        for content in ("[[1]]", "[[2]]"):
+            file.write_text(content)
+            steps = built("evaluate", **values)
+            found.append({step.fingerprint for id_, step in steps.items() if id_.startswith("evaluate/")})
+        assert found[0] != found[1], values
+
+
+def test_hash_that_was_given_stays(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("[[1]]")
+    real = {"kind": "real", "labels": str(tmp_path / "real.json"), "sha256": "0" * 64}
+    [step] = [
+        s for s in built("evaluate", evaluate__evaluators=json.dumps([real])).values() if s.kind == "evaluate"
+    ]
+    assert step.config.evaluators[0].sha256 == "0" * 64
+
+
+def test_label_files_that_are_not_there_are_told_before_anything_runs(tmp_path: Path) -> None:
+    module, absent = recipes.load("downstream_base"), str(tmp_path / "absent")
+    config = module.Recipe().with_set(
+        {
+            "evaluate.evaluators": json.dumps([{"kind": "real", "labels": absent}]),
+            "evaluate.classes": absent,
+        }
+    )
+    found = {f.name: f for f in preflight.examine(module.requirements(config, None))}
+    assert not found["labels of ImageNet-ReaL"].ok and not found["class names"].ok
+    assert "--set evaluate.classes=FILE" in found["class names"].remedy

@@ -11,8 +11,9 @@ import torch
 from cluster.errors import ConfigError, DataInvalid
 from stages.artifacts import CheckpointRef, DatasetRef, Outcome
 from stages.context import StageContext
+from stages.data.class_names import read_class_names
 from stages.data.dataset import ShardDataset
-from stages.evaluate.label_space import match, read_classes
+from stages.evaluate.label_space import match
 from stages.evaluate.stage import run
 from tests.stages.evaluate import models
 from tests.stages.images import jpeg, picture, shard_folder
@@ -154,7 +155,7 @@ def test_real_labels_follow_the_names_when_the_head_is_in_another_order(validati
         ('{"0": [1]}', DataInvalid, "does not hold the labels of ImageNet-ReaL"),
         ("[[1], 2]", DataInvalid, "does not hold the labels of ImageNet-ReaL"),
         ("not json", DataInvalid, "does not hold the labels of ImageNet-ReaL"),
-        ("[[999]]", ConfigError, "does not know the labels"),
+        ("[[999]]", ConfigError, "does not have the classes of the labels"),
         ("[[1], [2]]", DataInvalid, "has no place in the labels"),
     ],
     ids=["missing", "mapping", "ragged", "text", "classes", "too few"],
@@ -204,10 +205,48 @@ def test_sets_with_wrong_folders_are_told_where_they_come_from(name, folder):
     assert told.value.expected and told.value.found and "https://github.com/" in told.value.remedy
 
 
-def test_numbers_beyond_the_head_are_refused():
-    with pytest.raises(ConfigError, match="numbers beyond") as told:
+def test_numbers_that_do_not_count_the_head_are_refused():
+    with pytest.raises(ConfigError, match="not those of the classifier's classes") as told:
         match("v2", ["0", "12"], WNIDS, 12)
-    assert "0 to 11" in told.value.expected
+    assert "0 to 11" in told.value.expected and told.value.found == "2 folders, 0 to 12"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_numbers_of_a_larger_head_mean_other_classes_and_are_refused(named):
+    """V2's folders count ImageNet-1K's classes: in a head of 21K classes row 7 is something else."""
+    folders, rows = [str(i) for i in range(12)], 30
+    names = [f"n{i:08d}" for i in range(rows)] if named else None
+    with pytest.raises(ConfigError, match="not those of the classifier's classes") as told:
+        match("imagenet-v2", folders, names, rows)
+    assert "head of 1000" in told.value.expected and "github.com/modestyachts" in told.value.remedy
+
+
+def test_numbers_follow_the_names_when_the_head_is_in_another_order():
+    shuffled = WNIDS[5:] + WNIDS[:5]
+    space = match("imagenet-v2", [str(i) for i in range(12)], shuffled, 12)
+    assert [shuffled[row] for row in space.index] == WNIDS and space.how == "number"
+
+
+def test_real_refuses_a_nameless_head_of_more_classes_and_maps_one_with_names(validation, tmp_path):
+    """A 21K head has rows enough for labels below 1000, which mean other classes there."""
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([[i % 12] for i in range(36)]))
+    real = {"kind": "real", "labels": str(file)}
+    nameless = models.save_classifier(tmp_path / "nameless", validation, 20)
+    with pytest.raises(ConfigError, match="different classes") as told:
+        evaluate(validation, nameless, tmp_path / "a", real)
+    assert "12 classes" in told.value.expected and told.value.found == 20
+    names = [f"n9999999{i}" for i in range(8)] + WNIDS[::-1]
+    named = models.save_classifier(tmp_path / "named", validation, 20, names)
+    outcome = evaluate(validation, named, tmp_path / "b", real)
+    images, _ = models.images_and_labels(validation, "val")
+    with torch.no_grad():
+        among = models.classifier(20)(images)[:, [names.index(wnid) for wnid in WNIDS]]
+    stored = ShardDataset.open(validation.manifest, "val")
+    numbers = [int(stored.key(i).rpartition("_")[2]) - 1 for i in range(36)]
+    hits = [p == n % 12 for p, n in zip(among.argmax(1).tolist(), numbers, strict=True)]
+    assert outcome.metrics["top1"] == percent(hits)
+    assert outcome.notes == ["predictions among 12 of the classifier's 20 classes"]
 
 
 def test_published_weights_get_their_class_names_from_a_file(tmp_path):
@@ -216,9 +255,11 @@ def test_published_weights_get_their_class_names_from_a_file(tmp_path):
     nameless = models.save_classifier(tmp_path / "model", data, 12)
     with pytest.raises(ConfigError, match="different classes") as told:
         evaluate(data, nameless, tmp_path / "out")
-    assert "--set classes=FILE" in told.value.remedy
+    assert "--set evaluate.classes=FILE" in told.value.remedy
     file = tmp_path / "LOC_synset_mapping.txt"
     file.write_text("".join(f"{wnid} some, names\n" for wnid in WNIDS))
+    with pytest.raises(DataInvalid, match="not the file that was pinned"):
+        evaluate(data, nameless, tmp_path / "out", classes=str(file), classes_sha256="0" * 64)
     outcome = evaluate(data, nameless, tmp_path / "out", classes=str(file))
     logits, truth = logits_and_truth(data)
     predicted = logits[:, [3, 7]].argmax(1).tolist()
@@ -229,7 +270,7 @@ def test_published_weights_get_their_class_names_from_a_file(tmp_path):
 
 def test_class_names_are_read_from_a_manifest_too(tmp_path):
     data = shard(tmp_path, write(tmp_path / "sketch", WNIDS), "sketch")
-    assert read_classes(data.manifest, 12) == WNIDS
+    assert read_class_names(data.manifest, 12) == WNIDS
 
 
 @pytest.mark.parametrize(
@@ -245,4 +286,4 @@ def test_wrong_files_of_class_names_are_told(tmp_path, content, message):
     if content is not None:
         file.write_text(content)
     with pytest.raises((ConfigError, DataInvalid), match=message):
-        read_classes(str(file), 12)
+        read_class_names(str(file), 12)
