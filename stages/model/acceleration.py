@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigError
 from stages.model.config import BackboneConfig, MigrationConfig
+from stages.model.cpu_inference import in_pieces
 
 # (block, tokens, windows or None for global attention, position codes) -> tokens
 BlockCall = Callable[[nn.Module, Tensor, "Windows | None", Tensor], Tensor]
@@ -267,8 +268,8 @@ def choose(
     return torch.cat(stay, dim=1), None if windows is None else windows.keep(migration.keep)
 
 
-def redundancy(x_BWSC: Tensor, rank_BWS: Tensor, score: str, training: bool) -> Tensor:
-    """How dispensable each token is within its window, (B, W, S); the highest leave.
+def redundancy(x_BWSC: Tensor, rank_1WS: Tensor, score: str, training: bool) -> Tensor:
+    """How dispensable each token is within its window, (B, W, S); the highest leave. Ranks are those of `coarse_rank`.
 
     - `similarity`: the largest cosine similarity, of features minus their mean, to a token of lower rank. As
       only lower ranks count, one token of every group of equals always stays.
@@ -281,15 +282,17 @@ def redundancy(x_BWSC: Tensor, rank_BWS: Tensor, score: str, training: bool) -> 
         if training:
             return torch.rand(x_BWSC.shape[:3], device=x_BWSC.device)
         # Integers, so that every device picks the same tokens; below 2**63 for ranks below 2**20.
-        scatter = (rank_BWS * rank_BWS * 1_000_003 + rank_BWS * 7919) % (2**31 - 1)
+        scatter = (rank_1WS * rank_1WS * 1_000_003 + rank_1WS * 7919) % (2**31 - 1)
         return ((scatter * 1_103_515_245 + 12_345) % 2**31).expand(x_BWSC.shape[0], -1, -1)
+    later_1WSS = rank_1WS.unsqueeze(-1) <= rank_1WS.unsqueeze(-2)
+
+    def nearest(x_BWSC: Tensor) -> Tensor:
+        x = F.normalize(x_BWSC - x_BWSC.mean(2, keepdim=True), dim=-1)
+        return (x @ x.transpose(-1, -2)).masked_fill(later_1WSS, -2.0).amax(-1)
+
     # In fp32 even under autocast: neighbours are so alike that products in bf16 would choose among them by chance.
     with torch.autocast(x_BWSC.device.type, enabled=False):
-        x = x_BWSC.float()
-        x = F.normalize(x - x.mean(2, keepdim=True), dim=-1)
-        similarity = x @ x.transpose(-1, -2)  # (B, W, S, S)
-    later = rank_BWS.unsqueeze(-1) <= rank_BWS.unsqueeze(-2)
-    return similarity.masked_fill(later, -2.0).amax(-1)
+        return in_pieces(nearest, x_BWSC.float(), dims=3, floats=later_1WSS.numel())
 
 
 def coarse_rank(codes: Tensor, grid: tuple[int, int]) -> Tensor:

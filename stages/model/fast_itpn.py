@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stages.model.acceleration import WindowOrder, Windows, attend, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
+from stages.model.cpu_inference import Linear, in_pieces
 from stages.model.layers import (
     BiasedLinear,
     PatchConv,
@@ -74,7 +75,12 @@ class ConvBlock(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        return add_residual(x_BHWC, self.mlp(self.norm2(x_BHWC)), None, self.drop_path, self.training)
+        def run(x: Tensor) -> Tensor:
+            return add_residual(x, self.mlp(self.norm2(x)), None, self.drop_path, self.training)
+
+        if self.training:  # drop path draws by the first dimension
+            return run(x_BHWC)
+        return in_pieces(run, x_BHWC, dims=1, floats=self.mlp.fc1.out_channels)
 
 
 class ConvMerge(nn.Module):
@@ -86,7 +92,10 @@ class ConvMerge(nn.Module):
         self.reduction = PatchConv(dim, 2 * dim, 2)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        return self.reduction(self.norm(x_BHWC))
+        def run(x: Tensor) -> Tensor:
+            return self.reduction(self.norm(x))
+
+        return in_pieces(run, x_BHWC, dims=3, floats=x_BHWC[0].numel())
 
 
 class Attention(nn.Module):
@@ -100,7 +109,7 @@ class Attention(nn.Module):
         self.v_proj = BiasedLinear(dim, dim)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x_BNC: Tensor, windows: Windows | None = None) -> Tensor:
         q, k, v = self.q_proj(x_BNC, self.q_bias), self.k_proj(x_BNC), self.v_proj(x_BNC, self.v_bias)
@@ -113,10 +122,10 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int, eps: float) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden)
-        self.w2 = nn.Linear(dim, hidden)
+        self.w1 = Linear(dim, hidden)
+        self.w2 = Linear(dim, hidden)
         self.ffn_ln = nn.LayerNorm(hidden, eps=eps)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
@@ -138,10 +147,17 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def forward(self, x_BNC: Tensor, windows: Windows | None = None) -> Tensor:
-        y = self.attn(self.norm1(x_BNC), windows)
-        x_BNC = add_residual(x_BNC, y, self.gamma_1, self.drop_path, self.training)
-        y = self.mlp(self.norm2(x_BNC))
-        return add_residual(x_BNC, y, self.gamma_2, self.drop_path, self.training)
+        def attend_to_all(x: Tensor) -> Tensor:
+            y = self.attn(self.norm1(x), windows)
+            return add_residual(x, y, self.gamma_1, self.drop_path, self.training)
+
+        def transform_each(x: Tensor) -> Tensor:
+            return add_residual(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path, self.training)
+
+        if self.training:
+            return transform_each(attend_to_all(x_BNC))
+        x_BNC = in_pieces(attend_to_all, x_BNC, dims=2, floats=x_BNC[0].numel())
+        return in_pieces(transform_each, x_BNC, dims=1, floats=self.mlp.w1.out_features)
 
 
 class FastITPN(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from stages.model.acceleration import WindowOrder, Windows, attend, position_codes, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
+from stages.model.cpu_inference import Linear, in_pieces
 from stages.model.layers import StemConv, add_residual, drop_path_rates, init_weights, resize_grid, run_block
 from stages.model.pyramid import Mlp
 
@@ -37,12 +38,14 @@ class Merge(nn.Module):
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim, eps=eps)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x = x_BHWC
-        corners = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
-        return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+        def run(x: Tensor) -> Tensor:
+            corners = (x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2])
+            return self.reduction(self.norm(torch.cat(corners, dim=-1)))
+
+        return in_pieces(run, x_BHWC, dims=3, floats=x_BHWC[0].numel())
 
 
 class Attention(nn.Module):
@@ -52,8 +55,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * grid - 1) ** 2, num_heads))
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(
         self, x_BNC: Tensor, grid: tuple[int, int], codes: Tensor, windows: Windows | None = None
@@ -93,7 +96,13 @@ class Block(nn.Module):
         if self.attn is not None and self.norm1 is not None:
             y = self.attn(self.norm1(x), grid, codes, windows)
             x = add_residual(x, y, self.gamma_1, self.drop_path, self.training)
-        return add_residual(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path, self.training)
+
+        def transform_each(x: Tensor) -> Tensor:
+            return add_residual(x, self.mlp(self.norm2(x)), self.gamma_2, self.drop_path, self.training)
+
+        if self.training:
+            return transform_each(x)
+        return in_pieces(transform_each, x, dims=1, floats=self.mlp.fc1.out_features)
 
 
 class ITPN(nn.Module):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stages.model.cpu_inference import in_pieces, product
+
 
 class Normalisation(NamedTuple):
     """Mean and standard deviation, per channel of RGB in [0, 1], that inputs of a model are normalised with."""
@@ -49,7 +51,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(inputs, outputs, 1)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        return F.linear(x_BHWC, self.weight.flatten(1), self.bias)
+        return product(x_BHWC, self.weight.flatten(1), self.bias)
 
 
 class PatchConv(nn.Conv2d):
@@ -62,7 +64,7 @@ class PatchConv(nn.Conv2d):
         B, H, W, C = x_BHWC.shape
         k = self.kernel_size[0]
         blocks = x_BHWC.reshape(B, H // k, k, W // k, k, C).permute(0, 1, 3, 2, 4, 5).flatten(3)
-        return F.linear(blocks, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        return product(blocks, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class StemConv(nn.Conv2d):
@@ -72,9 +74,13 @@ class StemConv(nn.Conv2d):
         super().__init__(3, outputs, 4, 4)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
+        H, W = image_BCHW.shape[-2:]
+        return in_pieces(self._maps, image_BCHW, dims=3, floats=H * W // 16 * self.out_channels)
+
+    def _maps(self, image_BCHW: Tensor) -> Tensor:
         B, C, H, W = image_BCHW.shape
         blocks = image_BCHW.reshape(B, C, H // 4, 4, W // 4, 4).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(blocks, self.weight.flatten(1), self.bias)
+        return product(blocks, self.weight.flatten(1), self.bias)
 
 
 class BiasedLinear(nn.Linear):
@@ -87,7 +93,7 @@ class BiasedLinear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, self.weight, bias)
+        return product(x, self.weight, bias)
 
 
 def add_residual(x: Tensor, y: Tensor, gamma: Tensor | None, drop_path: float, training: bool) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.model.cpu_inference import Linear, in_pieces
 from stages.model.layers import init_weights
 
 MLP_RATIO = 4.0
@@ -20,8 +21,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -36,7 +37,10 @@ class MlpBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * MLP_RATIO))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm2(x))
+        def run(x: Tensor) -> Tensor:
+            return x + self.mlp(self.norm2(x))
+
+        return in_pieces(run, x, dims=1, floats=self.mlp.fc1.out_features)
 
 
 class Split(nn.Module):
@@ -45,7 +49,7 @@ class Split(nn.Module):
     def __init__(self, dim: int, out: int, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.reduction = nn.Linear(dim, 4 * out, bias=False)
+        self.reduction = Linear(dim, 4 * out, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         B, H, W, _ = x_BHWC.shape
@@ -65,9 +69,9 @@ class Pyramid(nn.Module):
     def __init__(self, embed_dim: int, fpn_dim: int, fpn_depth: int, eps: float) -> None:
         super().__init__()
         same = embed_dim == fpn_dim  # published: no projection when the widths agree
-        self.align_dim_16tofpn = None if same else nn.Linear(embed_dim, fpn_dim)
-        self.align_dim_16to8 = nn.Linear(embed_dim // 2, fpn_dim, bias=False)
-        self.align_dim_8to4 = nn.Linear(embed_dim // 4, fpn_dim, bias=False)
+        self.align_dim_16tofpn = None if same else Linear(embed_dim, fpn_dim)
+        self.align_dim_16to8 = Linear(embed_dim // 2, fpn_dim, bias=False)
+        self.align_dim_8to4 = Linear(embed_dim // 4, fpn_dim, bias=False)
         self.split_16to8 = Split(embed_dim, fpn_dim, eps)
         self.split_8to4 = Split(fpn_dim, fpn_dim, eps)
         self.block_16to8 = nn.Sequential(*(MlpBlock(fpn_dim, eps) for _ in range(fpn_depth)))
