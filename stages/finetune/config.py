@@ -13,6 +13,11 @@ from stages.model.config import BackboneConfig, backbone_config
 from stages.pretrain.config import named_backbone
 from stages.train.config import LoopConfig, OptimiserConfig, ScheduleConfig
 
+_MEANS = {
+    "optimiser", "schedule", "global_batch", "engine", "guard", "checkpoint", "watch", "seed", "ema_decay",
+    "head_init_scale",
+}  # fmt: skip
+
 
 class MixConfig(Config):
     """Mixup and CutMix; with both, each is chosen half of the time. 0 turns one off; 1 is uniform.
@@ -52,6 +57,15 @@ class FinetuneConfig(LoopConfig):
     optimiser: OptimiserConfig = OptimiserConfig(
         lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, layer_decay=0.9
     )
+
+    def objective(self) -> dict[str, Any]:
+        """What decides the scale of the training loss; losses of configs that differ here cannot be compared.
+
+        All of the identity, less what only says how the loss is made smaller. The architecture is in it, and with it
+        drop path, which makes a training loss larger on purpose.
+        """
+        found = {name: value for name, value in self.identity().items() if name not in _MEANS}
+        return found | {"data": {"view": found["data"]["view"]}}
 
     @field_validator("backbone", mode="before")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from cluster import storage
+from cluster.errors import ConfigError
 from cluster.tune import Asha, rungs
+from pipeline import recipes
 from pipeline.registry import Registry
 from pipeline.runner import Runner, State, StepStatus, exit_code
-from pipeline.search import Search
-from pipeline.step import Step
+from pipeline.search import Judge, Search
+from pipeline.step import Step, topological
 from stages.context import Progress
 from tests.pipeline import toys
 
@@ -75,6 +78,85 @@ def test_worse_trials_are_stopped_and_recorded_and_nothing_is_repeated(tmp_path:
     more = run(tmp_path, 1.0, 2.0, 1.9)
     assert states(more) == [State.DONE, State.STOPPED_EARLY, State.STOPPED_EARLY]
     assert storage.read_json(f"{tmp_path}/finetune/t2/v1/rungs.json")["rungs"][0]["loss"] == 1.9
+
+
+class Smoothed(toys.ToyConfig):
+    """A toy whose loss has another meaning at another `smoothing`."""
+
+    smoothing: float = 0.0
+
+    def objective(self) -> dict:
+        return {"label_smoothing": self.smoothing}
+
+
+def smoothed(*values: tuple[float, float]) -> list[Step]:
+    """Trials of (loss, smoothing)."""
+    return [
+        replace(step, config=Smoothed(value=loss, smoothing=smoothing), name=f"t{number}")
+        for number, (loss, smoothing) in enumerate(values)
+        for step in [trials(loss)[0].inputs["checkpoint"]]
+    ]
+
+
+def test_only_losses_of_one_objective_are_compared(tmp_path: Path) -> None:
+    """Label smoothing makes every loss larger: a trial with it must not be stopped for that."""
+    steps = smoothed((1.0, 0.0), (2.0, 0.1), (2.5, 0.0), (2.2, 0.1))
+
+    def run() -> list[State]:
+        runner = Runner(
+            str(tmp_path), "toy", steps, open_session=toys.ThreadSession, max_parallel=1, search=ASHA
+        )
+        return [status.state for status in runner.run()]
+
+    expected = [State.DONE, State.DONE, State.STOPPED_EARLY, State.STOPPED_EARLY]
+    assert run() == expected and run() == expected
+
+
+def test_search_without_two_comparable_jobs_is_refused(tmp_path: Path) -> None:
+    steps = smoothed((1.0, 0.0), (2.0, 0.1))
+    with pytest.raises(ConfigError, match="nothing to compare") as told:
+        Runner(str(tmp_path), "toy", steps, open_session=toys.ThreadSession, search=ASHA).run()
+    assert (
+        told.value.found == "2 jobs that differ in label_smoothing" and "search.kind=off" in told.value.remedy
+    )
+    assert toys.CALLS == []
+    alone = Runner(str(tmp_path), "toy", steps[:1], open_session=toys.ThreadSession, search=ASHA).run()
+    assert [status.state for status in alone] == [State.DONE]
+
+
+def test_fine_tunings_are_compared_within_one_loss_only() -> None:
+    def objectives(**grid: list) -> int:
+        module = recipes.load("pretrain_base")
+        values = {f"grid.{axis.replace('__', '.')}": json.dumps(found) for axis, found in grid.items()}
+        steps = topological(module.build(module.Recipe().with_set({"grid.resolution": "[224]"} | values)))
+        configs = [step.config for step in steps if step.kind == "finetune"]
+        assert len(configs) == 2
+        return len({json.dumps(config.objective(), sort_keys=True) for config in configs})
+
+    for axis, values in {
+        "lr": [1e-4, 2e-4], "seed": [0, 1], "weight_decay": [0.05, 0.1], "layer_decay": [0.8, 0.9],
+        "epochs": [20, 30], "ema_decay": [0.0, 0.9],
+    }.items():  # fmt: skip
+        assert objectives(**{axis: values}) == 1, axis
+    assert objectives(resolution=[224, 384]) == objectives(drop_path=[0.1, 0.2]) == 2
+    for key, values in {
+        "label_smoothing": [0, 0.1], "mix.mixup": [0, 0.8], "mix.cutmix": [0, 1], "rand_augment": [0, 9],
+        "random_erasing": [0, 0.25], "data.view.min_scale": [0.08, 0.3],
+    }.items():  # fmt: skip
+        assert objectives(more={key: values}) == 2, key
+
+
+def test_a_rung_is_the_mean_over_distinct_steps_however_often_one_is_seen(tmp_path: Path) -> None:
+    [evaluated] = trials(1.0)
+    trained = evaluated.inputs["checkpoint"]
+    judge = Judge(str(tmp_path), ASHA, [trained])
+    progress = Progress(trained.output(str(tmp_path)), total=TOTAL, unit="steps", interval_s=0)
+    for step, loss, looks in ((1, 4.0, 5), (2, 2.0, 3), (3, 7.0, 4), (2, 2.0, 2), (4, 1.0, 2)):
+        progress.update(step, force=True, loss=loss)
+        for _ in range(looks):
+            judge.look(trained, began=0)
+    told = storage.read_json(f"{trained.output(str(tmp_path))}/rungs.json")["rungs"]
+    assert [(rung["rung"], rung["loss"]) for rung in told] == [(0.25, 3.0), (0.5, 4.0)]
 
 
 @pytest.mark.slow

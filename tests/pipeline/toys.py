@@ -31,6 +31,9 @@ class ToyConfig(Config):
     workers: int = not_identity(1)
     calls: str = not_identity("")  # folder in which every call leaves a file, for calls in other processes
 
+    def objective(self) -> dict[str, Any]:
+        return {}
+
 
 def train(config: ToyConfig, inputs: dict[str, Any], context: StageContext) -> Outcome:
     with _lock:
