@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
-from cluster import distributed
+from cluster import distributed, scratch
 from cluster.errors import ConfigError, Stopped, StorageUnavailable, WorkerLost
 from cluster.losses import Restarts, cause_of, told
 from cluster.resources import Resources, cpu_count
@@ -230,7 +230,7 @@ class RayExecutor:
         # What an elastic group was promised may be gone again: then its size is decided anew, here.
         failures = FailureConfig(max_failures=0, controller_failure_limit=0 if elastic else -1)
         per_worker = _per_worker(resources)
-        with tempfile.TemporaryDirectory(prefix="itpn-ray-train-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="ray-train-", dir=scratch.folder()) as state:
             trainer = TorchTrainer(
                 cast(
                     Any, fn
@@ -245,7 +245,7 @@ class RayExecutor:
                     resources_per_worker=per_worker,
                 ),
                 # Restarts are ours (above): Ray would also repeat errors that cannot go away.
-                run_config=RunConfig(storage_path=scratch, failure_config=failures),
+                run_config=RunConfig(storage_path=state, failure_config=failures),
             )
             try:
                 return cast(Any, trainer.fit()).return_value

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster import distributed, storage
+from cluster import distributed, scratch, storage
 from cluster.distributed import World
 from cluster.errors import AlreadyExists, DataInvalid, DriftError, ItpnError, StepFailed
 from stages.artifacts import FileInfo
@@ -60,7 +60,7 @@ class Checkpoints:
     _means: dict[int, dict[str, float]] = field(default_factory=dict)  # of committed checkpoints, by step
 
     def __post_init__(self) -> None:
-        self._local = Path(tempfile.mkdtemp(prefix="itpn-checkpoint-", dir=self.config.local_dir))
+        self._local = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=scratch.folder(self.config.local_dir)))
 
     # Writing
 
@@ -226,7 +226,8 @@ class Checkpoints:
         for step in reversed(steps):
             manifest = distributed.on_rank_zero(partial(self.read, step))
             self._refuse_drift(manifest)
-            with tempfile.TemporaryDirectory(prefix="itpn-restore-", dir=self.config.local_dir) as folder:
+            local = scratch.folder(self.config.local_dir)
+            with tempfile.TemporaryDirectory(prefix="restore-", dir=local) as folder:
                 open_file = opener(self.out, manifest, Path(folder))
                 error: DataInvalid | None = None
                 try:

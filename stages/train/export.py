@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cluster import storage
+from cluster import scratch, storage
 from cluster.errors import DataInvalid
 from stages.artifacts import FileInfo
 from stages.model import save_model
@@ -38,7 +38,7 @@ def export_model(
     names = [info["path"].rsplit("/", 1)[1] for info in manifest["files"]]
     prefix = files.removeprefix(storage.join(out) + "/")
     infos: list[FileInfo] = []
-    with tempfile.TemporaryDirectory(prefix="itpn-export-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="export-", dir=scratch.folder()) as temporary:
         folder = Path(temporary)
         open_file = opener(out, manifest, folder / "in")
         for kind, where in (("ema", ""), ("master", "raw/")) if ema else (("master", ""),):

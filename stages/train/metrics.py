@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from cluster import scratch
 from cluster.errors import ConfigError
 
 SMOOTHING = 0.98  # about the last 50 steps
@@ -29,7 +30,7 @@ class MetricsWriter:
     """Appends JSON lines to a local file and hands it over, segment by segment."""
 
     def __init__(self, local_dir: str | None) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="itpn-metrics-", dir=local_dir))
+        self._folder = Path(tempfile.mkdtemp(prefix="metrics-", dir=scratch.folder(local_dir)))
         self._number = 0
         self._open()
 
@@ -75,7 +76,7 @@ class TensorBoardWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self._make = SummaryWriter
-        self._folder = Path(tempfile.mkdtemp(prefix="itpn-tensorboard-", dir=local_dir))
+        self._folder = Path(tempfile.mkdtemp(prefix="tensorboard-", dir=scratch.folder(local_dir)))
         self._number = 0
         self._open(purge_step=start + 1)
 

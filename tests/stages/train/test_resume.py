@@ -57,7 +57,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert ranks.run(2, [spec("whole"), spec("plain", dropout=0)], root / "1") == [0, 0], ranks.errors(
         root / "1"
     )
-    codes = ranks.run(2, spec("killed", kill_at=6, kill_rank=1), root / "2")
+    # Saves in the foreground: how much is lost does then not depend on how long an upload takes.
+    foreground = LOOP | {"checkpoint": {"save_every_steps": 4, "background": False}}
+    codes = ranks.run(2, spec("killed", kill_at=6, kill_rank=1, loop=foreground), root / "2")
     assert codes[1] == -9 and codes[0] != 0
     for name in ("uncommitted", "zero3", "one", "four"):
         go_on_from_step_8(name)
@@ -76,15 +78,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_killed_rank_loses_at_most_one_interval_and_the_save_under_way(root):
+def test_killed_rank_loses_less_than_one_interval(root):
     assert hashes(root / "killed", 12) == hashes(root / "whole", 12)
     result, whole = (ranks.results(root / f"{name}.result", 2)[0] for name in ("killed", "whole"))
     assert result["losses"] == whole["losses"]
     for rank in range(2):
         assert consumed(root, "killed", rank) == consumed(root, "whole", rank)
         repeated = len((root / f"killed.samples-{rank}").read_text().splitlines()) - 12
-        # Killed in step 7. Saves are made in the background: that of step 4 may not have been committed yet.
-        assert 0 <= repeated <= 7
+        # Rank 1 died in its seventh step, and the save of step 4 was committed before the fifth began: steps 5, 6 and 7
+        # are taken again. Rank 0, which was one collective behind at most, may not have drawn the data of step 7.
+        assert repeated == 3 if rank == 1 else repeated in (2, 3)
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(root):
