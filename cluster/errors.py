@@ -83,6 +83,10 @@ class StorageUnavailable(ItpnError):
     exit_code = 4
 
 
+class StorageRefused(StorageUnavailable):
+    """The store answered that it will not do this: no rights, no such bucket, an operation that it lacks."""
+
+
 class AlreadyExists(ItpnError):
     """An exclusive create met an object that is already there."""
 

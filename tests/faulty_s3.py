@@ -18,6 +18,10 @@ SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?>'
     b"<Error><Code>SlowDown</Code><Message>reduce your rate</Message></Error>"
 )
+NOT_IMPLEMENTED = (
+    b'<?xml version="1.0" encoding="UTF-8"?>'
+    b"<Error><Code>NotImplemented</Code><Message>not implemented</Message></Error>"
+)
 READ_FAULTS = ("503", "reset", "truncated")
 WRITE_FAULTS = ("503", "lost")
 
@@ -27,7 +31,8 @@ class FaultyS3(ThreadingHTTPServer):
 
     methods: which requests are meant. refuse: how many of the next get a 503. lose: how many of the next are carried
     out but never answered. rate: the share of them that goes wrong at random, in one of `faults`: "503", "lost",
-    "reset" and "truncated" (half of the answer, then the connection ends). strip: request headers that the store
+    "reset" and "truncated" (half of the answer, then the connection ends). lacks: words of a query that the store
+    answers with 501, as one that has no such operation. strip: request headers that the store
     never sees; it must not check signatures, which cover them. seen: counts what happened.
     """
 
@@ -42,6 +47,7 @@ class FaultyS3(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.refuse = self.lose = 0
         self.strip: set[str] = set()
+        self.lacks: set[str] = set()
         self.methods = {"PUT", "GET", "HEAD", "POST", "DELETE"}
         self.seen: Counter[str] = Counter()
 
@@ -78,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.fault(self.command)
         if fault == "503":
             self._answer(503, {"Content-Type": "application/xml"}, SLOW_DOWN, len(SLOW_DOWN))
+            return
+        if self.server.lacks & {word.partition("=")[0] for word in urlsplit(self.path).query.split("&")}:
+            self._answer(501, {"Content-Type": "application/xml"}, NOT_IMPLEMENTED, len(NOT_IMPLEMENTED))
             return
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=30)
         # Host goes along unchanged: it is part of the signature.

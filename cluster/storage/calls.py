@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any, NoReturn
 
-from cluster.errors import AlreadyExists, ConfigError, ItpnError, NotFound, StorageUnavailable
+from cluster.errors import (
+    AlreadyExists,
+    ConfigError,
+    ItpnError,
+    NotFound,
+    StorageRefused,
+    StorageUnavailable,
+)
 from cluster.retry import DeadlineExceeded, retry
 from cluster.storage import stores
 from cluster.storage.uris import not_writable
@@ -77,7 +84,7 @@ def _raise_refusal(store: Any, uri: str, action: str, error: Exception) -> NoRet
     remedy = store.explain(error)
     if remedy is None:
         raise error
-    raise StorageUnavailable(f"cannot {action} {uri}", found=store.describe(error), remedy=remedy) from error
+    raise StorageRefused(f"cannot {action} {uri}", found=store.describe(error), remedy=remedy) from error
 
 
 def not_found(uri: str) -> NotFound:

@@ -19,7 +19,10 @@ class Upload:
 
 
 def list_uploads(uri_prefix: str) -> list[Upload]:
-    """The unfinished uploads below the prefix, sorted by URI: multipart ones on S3, temporary files locally."""
+    """The unfinished uploads below the prefix, sorted by URI: multipart ones on S3, temporary files locally.
+
+    Raises StorageRefused where the store cannot list them, or not to this user.
+    """
     front = scheme(uri_prefix)
     found = [Upload(front + path, *facts) for path, *facts in calls.call(uri_prefix, "uploads")]
     return sorted(found, key=lambda upload: (upload.uri, upload.id))

@@ -17,7 +17,10 @@ from pipeline.commands.results import print_lineage
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.aliases import Alias, Aliases
 from pipeline.registry.deletions import Deletion, Deletions
+from pipeline.registry.evaluated import data_names, data_of
 from pipeline.registry.lineage import find, lineage, verify
+from pipeline.registry.metrics import measure, unit
+from pipeline.written import size
 
 app = typer.Typer(help="Checkpoints and the aliases that point at them.", no_args_is_help=True)
 app.command("gc")(checkpoints_gc)
@@ -80,7 +83,7 @@ def checkpoints_show(checkpoint: CheckpointArg, root: RootOpt = "", as_json: Jso
     registry = Registry(root_of(root))
     row = find(registry, checkpoint)
     origin = lineage(registry.root, row.step)
-    results = [r for r in registry.results() if r.checkpoint_sha256 == row.checkpoint.sha256]
+    results = registry.results(checkpoint_sha256=row.checkpoint.sha256)
     aliases = _names(registry).get(_key(row), [])
     deleted = _gone(row, Deletions(registry).done())
     if as_json:
@@ -93,10 +96,15 @@ def checkpoints_show(checkpoint: CheckpointArg, root: RootOpt = "", as_json: Jso
     facts: dict[str, Any] = {"weights": row.checkpoint.uri, "sha256": row.checkpoint.sha256}
     if deleted:
         facts["deleted"] = f"{deleted['at'][:19]} by {deleted['by']}@{deleted['host']}: {deleted['why']}"
-    facts |= {"MB": f"{row.checkpoint.bytes / 1e6:.1f}", "aliases": ", ".join(aliases) or "–", **row.metrics}
-    facts |= {f"{r.dataset}/{r.split}/{r.metric}": f"{r.value:.5g}" for r in results}
+    facts |= {"size": size(row.checkpoint.bytes), "aliases": ", ".join(aliases) or "–"}
+    facts |= {name: f"{measure(value, name)} {unit(name)}" for name, value in row.metrics.items()}
+    names = data_names(map(data_of, results))
+    for r in results:
+        what = " ".join(filter(None, (f"{names[data_of(r)]}/{r.metric}", r.variant)))
+        facts[what] = f"{measure(r.value, r.metric)} {unit(r.metric)}"
+    width = max(28, 2 + max(map(len, facts)))
     for key, value in facts.items():
-        console.print(Text(f"{key:<28}{value}"), soft_wrap=True)
+        console.print(Text(f"{key:<{width}}{str(value).rstrip()}"), soft_wrap=True)
     console.print()
     print_lineage(console, origin)
 

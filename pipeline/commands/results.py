@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -19,10 +20,12 @@ from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.registry import Registry, Rows
 from pipeline.registry import compare as comparing
+from pipeline.registry.compare import leaves_of
 from pipeline.registry.lineage import lineage
 from pipeline.registry.metrics import METRICS, measure, way
 from pipeline.registry.metrics import unit as unit_of
 from pipeline.registry.rows import result_rows, select
+from pipeline.written import duration, size
 from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
@@ -269,25 +272,43 @@ def results_export(
 
 
 def print_lineage(console: Console, node: dict[str, Any], role: str = "", depth: int = 0) -> None:
-    """The tree of `lineage`, one line for each step and fact."""
+    """The tree of `lineage`: each step with what it made, its size, metrics and config, then its inputs."""
     pad = "  " * depth
     name = f"{role + ': ' if role else ''}{node['step']}"
     if node.get("missing"):
         console.print(Text(f"{pad}{name}  (its record is gone)"))
         return
-    console.print(
-        Text(f"{pad}{name}  {node['finished_at'][:19]}  code {node['code_version']}"), soft_wrap=True
-    )
+    head = f"{pad}{name}  {node['finished_at'][:19]}  {duration(node['wall_s'])}  code {node['code_version']}"
+    console.print(Text(head), soft_wrap=True)
     for key in ("checkpoint", "dataset"):
         if facts := node.get(key):
             uri = facts.get("uri") or facts["manifest"]
-            console.print(Text(f"{pad}    {uri}  sha256 {facts['sha256'][:16]}"), soft_wrap=True)
+            bytes_ = f"  {size(facts['bytes'])}" if "bytes" in facts else ""
+            console.print(Text(f"{pad}    {uri}{bytes_}  sha256 {facts['sha256'][:16]}"), soft_wrap=True)
             if facts.get("teacher_sha256"):
                 console.print(Text(f"{pad}    teacher sha256 {facts['teacher_sha256'][:16]}"))
             if facts.get("fingerprint"):
                 console.print(Text(f"{pad}    content {facts['fingerprint'][:16]}, splits {facts['splits']}"))
+    metrics = [
+        f"{name} {measure(value, name)} {unit_of(name)}".rstrip() for name, value in node["metrics"].items()
+    ]
+    config = [f"{path}={_short(value)}" for path, value in sorted(leaves_of(node["config"]).items())]
+    for what, told in (("metrics", metrics), ("config", config)):
+        if told:
+            first, rest = f"{pad}    {what}: ", pad + " " * 8
+            for line in wrap(
+                ", ".join(told), console.width, initial_indent=first, subsequent_indent=rest, **_WRAP
+            ):
+                console.print(Text(line), soft_wrap=True)
     for name, needed in node["inputs"].items():
         print_lineage(console, needed, name, depth + 1)
+
+
+_WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _table(uri: str, from_view: bool) -> pa.Table:

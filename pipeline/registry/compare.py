@@ -153,15 +153,16 @@ def training_config(registry: Registry, step: str) -> dict[str, Any]:
         found = {"evaluate": record.identity["config"], "train": trained.identity["config"]}
         if "init" in trained.inputs:
             found["init"] = read_record(registry.root, trained.inputs["init"].step).identity["config"]
-        return _leaves(found)
+        return leaves_of(found)
     except (NotFound, KeyError):
         return {"record": f"that of {step}, or one before it, is gone"}
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def leaves_of(value: Any, path: str = "") -> dict[str, Any]:
+    """The values of nested dicts by their paths: `{"a": {"b": 1}}` → `{"a.b": 1}`."""
     if not isinstance(value, dict):
         return {path: value}
     found: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _leaves(inner, f"{path}.{key}" if path else key)
+        found |= leaves_of(inner, f"{path}.{key}" if path else key)
     return found

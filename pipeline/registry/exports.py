@@ -6,21 +6,28 @@ optimiser step of its weights; the configs that they came from are its parameter
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cluster import storage
-from cluster.errors import ConfigError, PreflightError
+from cluster.errors import ConfigError, PreflightError, StorageRefused
+from cluster.lease import Lease
 from pipeline.registry.compare import training_config
 from pipeline.registry.events import ResultRow
 from pipeline.registry.store import Registry
 
+log = logging.getLogger(__name__)
+
+WAIT_S = 600.0  # for another export of the same registry to the same place
+METRICS_AT_ONCE = 1000  # the most that MLflow takes in one request
 PARAMETERS_AT_ONCE = 100  # the most that MLflow takes in one request
 PARAMETER_CHARACTERS = 6000  # the most that it stores of one value
 
@@ -58,7 +65,7 @@ def to_tensorboard(registry: Registry, rows: Sequence[ResultRow], folder: Path) 
             new += 1
         for other in target.glob("*.itpn"):
             if other != file:
-                other.unlink()
+                other.unlink(missing_ok=True)
     return new
 
 
@@ -66,12 +73,13 @@ def to_mlflow(registry: Registry, rows: Sequence[ResultRow], tracking_uri: str) 
     """Log each evaluation as a run of the experiment that its recipe names; returns how many metrics were new.
 
     A run is recognised by its tag `itpn.key`, and gets only the metrics that it lacks, so an export that was
-    killed is completed by the next. Two exports at once may make a run twice: MLflow cannot exclude that.
+    killed is completed by the next. MLflow cannot make a run exclusively, so one export of a registry to the same place
+    is at work at a time: a second one waits for up to `WAIT_S`, and then finds everything done.
 
     Args:
         tracking_uri: `http://…` of a server, or `sqlite:///FILE`.
 
-    Raises PreflightError without mlflow, ConfigError for what MLflow refuses.
+    Raises PreflightError without mlflow, ConfigError for what MLflow refuses, LeaseHeld when another takes too long.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     try:
@@ -81,36 +89,56 @@ def to_mlflow(registry: Registry, rows: Sequence[ResultRow], tracking_uri: str) 
     except ImportError:
         raise _missing("MLflow", "mlflow") from None
     steps, new = _optimiser_steps(registry), 0
-    try:
+    place = storage.sha256_bytes(tracking_uri.encode())[:16]
+    lease_uri = storage.join(registry.uri, "export-leases", place)
+    with ExitStack() as stack:
+        stack.enter_context(_refusals(tracking_uri, MlflowException))
+        lease = None
+        try:
+            lease = stack.enter_context(Lease.acquire(lease_uri, wait_s=WAIT_S))
+        except StorageRefused as error:
+            log.warning("no other export may be at work: this user may not write leases (%s)", error.message)
         client = MlflowClient(tracking_uri)
         for step, members in _evaluations(rows):
+            if lease:
+                lease.check()
             run = _mlflow_run(client, registry, step, members)
             lacking = [row for row in members if _name(row) not in run.data.metrics]
             if not lacking and run.info.status == "FINISHED":
                 continue
-            client.log_batch(
-                run.info.run_id,
-                metrics=[
+            for part in _parts(lacking, METRICS_AT_ONCE):
+                values = [
                     Metric(_name(r), r.value, _milliseconds(r), steps.get(r.checkpoint_sha256, 0))
-                    for r in lacking
-                ],
-            )
+                    for r in part
+                ]
+                client.log_batch(run.info.run_id, metrics=values)
             new += len(lacking)
             parameters = [
                 Param(_safe(key), str(value)[:PARAMETER_CHARACTERS])
                 for key, value in training_config(registry, step).items()
                 if _safe(key) not in run.data.params
             ]
-            for begin in range(0, len(parameters), PARAMETERS_AT_ONCE):
-                client.log_batch(run.info.run_id, params=parameters[begin : begin + PARAMETERS_AT_ONCE])
+            for part in _parts(parameters, PARAMETERS_AT_ONCE):
+                client.log_batch(run.info.run_id, params=part)
             client.set_terminated(run.info.run_id, "FINISHED", end_time=_milliseconds(members[-1]))
-    except MlflowException as error:
+    return new
+
+
+@contextmanager
+def _refusals(tracking_uri: str, kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
         raise ConfigError(
             f"MLflow at {tracking_uri} refuses",
             found=str(error).splitlines()[0],
             remedy="give the http:// address of a server, or sqlite:///FILE",
         ) from error
-    return new
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]
 
 
 def _mlflow_run(client: Any, registry: Registry, step: str, members: list[ResultRow]) -> Any:

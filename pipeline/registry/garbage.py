@@ -7,14 +7,16 @@ deletions.py; the files of an unfinished step's dead attempts go with that step'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from cluster import storage
-from cluster.errors import DataInvalid, LeaseHeld
+from cluster.errors import DataInvalid, LeaseHeld, StorageRefused
 from cluster.lease import Lease, holder_of
+from cluster.storage import Upload
 from pipeline.registry import inventory
 from pipeline.registry.aliases import Aliases
 from pipeline.registry.deletions import Deletion, Deletions, Mark, key
@@ -23,6 +25,9 @@ from pipeline.registry.retention import Retention, judge
 from pipeline.registry.store import Registry
 from stages.artifacts import EvaluationRef
 
+log = logging.getLogger(__name__)
+
+UNLISTED = "(not listed)"
 Policies = Callable[[str], Retention]  # recipe -> what it wants kept; "" for what belongs to none
 ALIAS_DEPTH = 2  # the checkpoint that an alias points at, and the one that a roll-back goes to
 
@@ -116,7 +121,7 @@ def plan(registry: Registry, policies: Policies, now: float | None = None) -> li
         grace_s = policies(recipe).grace_hours * 3600
         holder = None if folder.record else holder_of(_lease(folder))
         groups += inventory.orphans(folder, grace_s, now, holder)
-    return groups + _uploads(registry, found, policies, now) + _pins(found)
+    return groups + [group for group, _ in _uploads(registry, found, policies, now)] + _pins(found)
 
 
 def collect(registry: Registry, policies: Policies, now: float | None = None) -> list[Group]:
@@ -153,11 +158,11 @@ def collect(registry: Registry, policies: Policies, now: float | None = None) ->
             groups += inventory.output(folder, False, second.verdicts.get(id_, (True, ""))[1])
         groups += _delete(inventory.training_state(folder, policies(recipe)))
         groups += _orphans(registry, folder, policies(recipe).grace_hours * 3600, now)
-    uploads = _uploads(registry, second, policies, now)
-    for upload in storage.list_uploads(registry.root):
-        if any(group.delete and upload.uri in group.uris for group in uploads):
+    for group, upload in _uploads(registry, second, policies, now):
+        if group.delete and upload is not None:
             storage.abort_upload(upload)
-    return groups + uploads + _delete(_pins(second))
+        groups.append(group)
+    return groups + _delete(_pins(second))
 
 
 def _decide(deletions: Deletions, found: Survey, marks: dict[str, Mark]) -> dict[str, Deletion]:
@@ -236,9 +241,19 @@ def _orphans(registry: Registry, folder: StepFolder, grace_s: float, now: float)
         return [replace(group, delete=False, why=f"at work: {error.message}") for group in groups]
 
 
-def _uploads(registry: Registry, found: Survey, policies: Policies, now: float) -> list[Group]:
-    groups, grace_s = [], policies("").grace_hours * 3600
-    for upload in storage.list_uploads(registry.root):
+def _uploads(
+    registry: Registry, found: Survey, policies: Policies, now: float
+) -> list[tuple[Group, Upload | None]]:
+    """Each unfinished upload with its group; of a store that cannot list them, one group without an upload."""
+    try:
+        unfinished = storage.list_uploads(registry.root)
+    except StorageRefused as error:  # some stores lack the operation, some users the right to it
+        why = f"unfinished uploads cannot be listed: {error.found}"
+        log.warning("%s; what they left stays, the rest of gc goes on", why)
+        return [(Group("", "upload", UNLISTED, (), 0, False, why), None)]
+    groups: list[tuple[Group, Upload | None]] = []
+    grace_s = policies("").grace_hours * 3600
+    for upload in unfinished:
         path = upload.uri.removeprefix(registry.root + "/")
         step = "/".join(path.split("/")[:3])
         folder = found.folders.get(step)
@@ -248,7 +263,8 @@ def _uploads(registry: Registry, found: Survey, policies: Policies, now: float) 
             why = f"at work: {holder}"
         elif not delete:
             why = f"begun {(now - upload.began) / 3600:.1f} h ago, within the {grace_s / 3600:g} h of grace"
-        groups.append(Group(step if folder else "", "upload", path, (upload.uri,), upload.bytes, delete, why))
+        group = Group(step if folder else "", "upload", path, (upload.uri,), upload.bytes, delete, why)
+        groups.append((group, upload))
     return groups
 
 

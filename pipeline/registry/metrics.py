@@ -6,11 +6,11 @@ metric that is not in it has a value and no more; whoever ranks by it says which
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ConfigError
+from pipeline.written import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +98,3 @@ def measure(value: Any, metric: str = "") -> str:
     known = METRICS.get(metric, Metric(lower=False))
     scaled = value * known.factor
     return f"{scaled:.{known.digits}f}" if known.digits is not None else plain(scaled)
-
-
-def plain(value: float) -> str:
-    """Four significant digits, thousands apart by commas: 12,480, 0.0731, 2.1e-06, nan."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == int(value) and abs(value) < 1e15:
-        return f"{int(value):,}"
-    if 1e-4 <= abs(value) < 1e15:
-        digits = max(3 - math.floor(math.log10(abs(value))), 0)
-        return f"{value:,.{digits}f}"
-    return f"{value:.3g}"

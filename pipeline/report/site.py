@@ -19,6 +19,7 @@ import pyarrow.csv
 
 from cluster import storage
 from cluster.errors import NotFound, PreflightError
+from pipeline import written
 from pipeline.registry import ResultRow, Rows, metrics
 from pipeline.registry.evaluated import clashing, data_names, data_of
 from pipeline.report import charts, graph, tables
@@ -217,8 +218,8 @@ def _environment() -> Any:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     environment.filters |= {
         "measure": metrics.measure, "unit": metrics.unit, "heading_unit": metrics.heading_unit,
-        "direction": metrics.known_direction, "plain": metrics.plain, "size": tables.size,
-        "duration": tables.duration, "moment": tables.moment,
+        "direction": metrics.known_direction, "plain": written.plain, "size": written.size,
+        "duration": written.duration, "moment": written.moment,
     }  # fmt: skip
     return environment
 

@@ -1,4 +1,4 @@
-"""The leaderboard, and how sizes and times are written: with units, and no more digits than they deserve."""
+"""The leaderboard: one line for some weights on some data, with the value of each metric."""
 
 from __future__ import annotations
 
@@ -92,30 +92,3 @@ def leaderboard(rows: Sequence[ResultRow], trained: dict[str, str]) -> tuple[lis
         return (line.data == ANY_DATA, line.data, not known, value, line.at)
 
     return metrics, sorted(lines, key=rank)
-
-
-def size(count: int) -> str:
-    """Bytes as text: 873 B, 5.5 MB."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB", "PB"]
-    while value >= 999.95 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as text: 0.4 s, 47 s, 12 min 5 s, 3 h 20 min, 2 d 4 h."""
-    if seconds is None:
-        return ""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    for name, of, below in (("d", 86400, "h"), ("h", 3600, "min"), ("min", 60, "s")):
-        if whole >= of:
-            rest = whole % of // {"h": 3600, "min": 60, "s": 1}[below]
-            return f"{whole // of} {name} {rest} {below}" if rest else f"{whole // of} {name}"
-    return f"{whole} s"
-
-
-def moment(at: str) -> str:
-    """An ISO time as `2026-11-22 16:40` (times in the registry are UTC)."""
-    return at[:16].replace("T", " ")

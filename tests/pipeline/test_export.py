@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 from cluster import storage
 from pipeline.cli import app
-from pipeline.registry import Registry
+from pipeline.registry import Registry, ResultRow
 from pipeline.registry.lineage import find
 from pipeline.runner import Runner
 from pipeline.step import Step
@@ -149,6 +151,42 @@ def test_tensorboard_reads_each_result_once_however_often_it_is_exported(
     assert itpn(*arguments)["new"]["tensorboard"] == 1
     found = scalars(tmp_path / "tb")
     assert found["evaluate/late/v1"] == expected["evaluate/a/v1"] and len(found) == 3
+
+
+@pytest.mark.slow
+def test_two_exports_to_mlflow_at_once_make_each_run_once_with_all_of_its_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracking = pytest.importorskip("mlflow.tracking")
+    from pipeline.registry import exports
+
+    registry, uri, many = Registry(str(tmp_path / "root")), f"sqlite:///{tmp_path}/mlflow.db", 1234
+    facts: dict[str, Any] = {
+        "run": "many", "code_version": "c", "created_at": "2026-01-01T00:00:00", "dataset": "d", "split": "val",
+        "samples": 1, "init": "scratch", "seed": 0, "evaluator": {}, "checkpoint": "c", "pretrain": None,
+        "training_fingerprint": None, "data_fingerprint": "f", "evaluated_fingerprint": "e",
+    }  # fmt: skip
+    counts = {"evaluate/a/v1": many, "evaluate/b/v1": 1, "evaluate/c/v1": 1}
+    rows = [
+        ResultRow(**facts, step=step, checkpoint_sha256=step, metric=f"class_{number}", value=number)
+        for step, count in counts.items()
+        for number in range(count)
+    ]
+    search = tracking.MlflowClient.search_runs
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        found = search(*arguments, **options)
+        time.sleep(0.3)  # both have looked before either makes the run
+        return found
+
+    monkeypatch.setattr(tracking.MlflowClient, "search_runs", slow)
+    tracking.MlflowClient(uri).search_experiments()  # makes the tables
+    with ThreadPoolExecutor(2) as pool:
+        new = list(pool.map(lambda _: exports.to_mlflow(registry, rows, uri), range(2)))
+    assert sorted(new) == [0, len(rows)]
+    client = tracking.MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("many").experiment_id])
+    assert {run.info.run_name: len(run.data.metrics) for run in runs} == counts and len(runs) == 3
 
 
 @pytest.mark.slow

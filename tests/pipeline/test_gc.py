@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cluster import storage
-from cluster.errors import ConfigError, DataInvalid
+from cluster.errors import ConfigError, DataInvalid, StorageRefused, StorageUnavailable
 from cluster.lease import Lease
 from pipeline import recipes
 from pipeline.cli import app
@@ -26,6 +28,7 @@ from pipeline.registry.retention import KeepRule, Retention
 from pipeline.runner import Runner, State
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
+from tests.faulty_s3 import faulty_s3
 from tests.pipeline import toys
 from tests.uploads import begin_upload
 
@@ -329,6 +332,46 @@ def test_unfinished_uploads_are_dropped_after_the_grace(real_root: str) -> None:
     assert [group.bytes for group in groups if group.kind == "upload" and group.delete] == [5 << 20]
     assert storage.list_uploads(real_root) == []
     assert storage.exists(find(Registry(real_root), "pretrain/p/v1").checkpoint.uri)
+
+
+def test_a_store_that_cannot_list_uploads_is_told_and_everything_else_is_collected(
+    moto_root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(moto_root, versions("v1"))
+    run(moto_root, versions("v1", "v2"))
+    begin_upload(moto_root, "finetune/t/v1/attempts/dead/model.safetensors")
+    last = Retention(rules=(KeepRule(task="pretrain", last=1), KeepRule(task="classify", last=1)))
+    with faulty_s3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        proxy.lacks = {"uploads"}
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(StorageRefused, match="list the uploads"):
+            storage.list_uploads(moto_root)
+        for apply in (False, True):
+            groups = collect(moto_root, last, later_s=LATER_S, apply=apply)
+            [unlisted] = [group for group in groups if group.kind == "upload"]
+            assert (
+                not unlisted.delete
+                and "cannot be listed" in unlisted.why
+                and "not implemented" in unlisted.why
+            )
+            assert gone(groups) == {"pretrain/p/v1"}
+        assert "cannot be listed" in caplog.text
+    with pytest.raises(StorageUnavailable, match="gave up"):  # an outage is no store without the operation
+        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+        monkeypatch.setenv("ITPN_STORAGE_DEADLINE_S", "0.5")
+        collect(moto_root, last, apply=False)
+
+
+def test_an_upload_that_was_begun_again_under_the_name_of_a_dead_one_goes_on(moto_root: str) -> None:
+    run(moto_root, versions("v1"))
+    for _ in range(2):
+        begin_upload(moto_root, "pretrain/p/v1/attempts/dead/model.safetensors")
+    old, new = storage.list_uploads(moto_root)
+    with pytest.MonkeyPatch.context() as patch:
+        told = [replace(old, began=0.0), replace(new, began=time.time())]
+        patch.setattr(storage, "list_uploads", lambda root: told)
+        collect(moto_root, Retention())
+    assert [upload.id for upload in storage.list_uploads(moto_root)] == [new.id]
 
 
 def test_gc_while_steps_are_written_and_promoted_deletes_nothing_in_use(real_root: str) -> None:

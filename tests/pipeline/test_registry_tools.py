@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cluster import storage
@@ -219,6 +225,63 @@ def test_rollback_goes_back_step_by_step_and_keeps_history(root: str) -> None:
     assert len(aliases.get("production").moves) == 5  # type: ignore[union-attr]
 
 
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(moves=st.lists(st.sampled_from(["finetune/a/v1", "finetune/b/v1", "back"]), max_size=12))
+def test_every_rollback_names_the_promotion_that_it_undid(root: str, moves: list[str]) -> None:
+    registry, name = Registry(root), f"alias-{uuid.uuid4().hex[:12]}"
+    aliases, rows = Aliases(registry), {r.step: r for r in registry.checkpoints()}
+    standing: list[tuple[str, str]] = []  # ids and steps of promotions that were not undone
+    moved = 0
+    for move in moves:
+        if move != "back":
+            now = aliases.promote(rows[move], name).current
+            assert now.rolled_back_from is None
+            standing.append((now.id, move))
+        elif len(standing) < 2:
+            with pytest.raises(ConfigError):
+                aliases.rollback(name)
+            continue
+        else:
+            undone, _ = standing.pop()
+            now = aliases.rollback(name).current
+            assert now.rolled_back_from == undone
+        moved += 1
+        assert now.step == standing[-1][1]
+    alias = aliases.get(name)
+    assert (len(alias.moves) if alias else 0) == moved
+    assert [m.id for m in alias.stack] == [id_ for id_, _ in standing] if alias else not standing
+    undone_ids = [m.rolled_back_from for m in alias.moves if m.rolled_back_from] if alias else []
+    assert len(set(undone_ids)) == len(undone_ids), "nothing is undone twice"
+
+
+def test_history_tells_what_each_rollback_undid(root: str) -> None:
+    aliases, registry = Aliases(Registry(root)), Registry(root)
+    a, b = find(registry, "finetune/a/v1"), find(registry, "finetune/b/v1")
+    for row_ in (a, b, a):
+        aliases.promote(row_, "production")
+    aliases.rollback("production")
+    aliases.rollback("production")
+    shown = (
+        CliRunner().invoke(app, ["checkpoints", "history", "production", "--root", root]).stdout.splitlines()
+    )
+    assert [line.rpartition("  ")[2] for line in shown[3:]] == [
+        "(roll-back of finetune/a/v1)",
+        "(roll-back of finetune/b/v1)",
+    ]
+
+
+def test_show_tells_size_metrics_and_config_of_every_step(root: str) -> None:
+    shown = CliRunner().invoke(app, ["checkpoints", "show", "finetune/a/v1", "--root", root]).stdout
+    assert re.search(r"weights  3 B  sha256", shown), shown
+    assert "config: " in shown and "value=3.0" in shown and "init=pretrained" in shown
+    origin = itpn("checkpoints", "show", "finetune/a/v1", "--root", root)["lineage"]
+    for name in origin["metrics"]:
+        assert f"{name} " in shown
+    result = next(iter(Registry(root).results(metric="top1", init="pretrained")))
+    shown = CliRunner().invoke(app, ["results", "show", result.id, "--root", root]).stdout
+    assert "metrics: top1 3.00 %" in shown and shown.index("evaluate/a/v1") < shown.index("finetune/a/v1")
+
+
 def test_alias_never_points_at_missing_weights(root: str) -> None:
     registry = Registry(root)
     gone = find(registry, "finetune/a/v1")
@@ -291,21 +354,22 @@ def test_root_with_brackets_is_listed_and_has_no_view(tmp_path: Path) -> None:
     assert len(itpn("results", "list", "--root", root)["results"]) == 1
 
 
-def test_programs_of_the_documentation_run_as_they_stand(
-    root: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    import deltalake
-    import duckdb
-
-    from pipeline.registry import delta
-
-    delta.sync(root)
-    text = (Path(__file__).resolve().parents[2] / "docs" / "registry.md").read_text()
+def test_programs_of_the_documentation_run_as_they_stand(root: str, tmp_path: Path) -> None:
+    """Each in a process of its own, to the letter: its root is called R, so a folder of this name is."""
+    sync(root)
+    (tmp_path / "R").symlink_to(root)
+    repository = Path(__file__).resolve().parents[2]
+    text = (repository / "docs" / "registry.md").read_text()
     programs = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(programs) == 2
+    shown = ""
     for program in programs:
-        exec(program.replace('"R', f'"{root}'), {"deltalake": deltalake, "duckdb": duckdb})
-    shown = capfd.readouterr().out
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(repository)},
+            text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        shown += done.stdout
     assert "[2 rows x" in shown, "the data frame"
     assert re.search(r"pretrained\s*│\s*3.0.*scratch\s*│\s*1.0", shown, flags=re.DOTALL), shown
 

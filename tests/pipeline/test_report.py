@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cluster import storage
 from cluster.errors import ConfigError, NotFound
 from cluster.lease import Lease
+from pipeline import written
 from pipeline.cli import app
 from pipeline.registry import Registry, ResultRow, metrics
 from pipeline.registry.deletions import Deletions
@@ -322,11 +323,11 @@ def test_names_of_pages_do_not_clash() -> None:
     ("text", "expected"),
     [
         (metrics.measure(78.123, "top1"), "78.12"), (metrics.measure(17.6e9, "flops"), "17.60"),
-        (metrics.plain(0.0), "0"),
-        (metrics.plain(12480.4), "12,480"), (metrics.plain(2.13e-6), "2.13e-06"), (metrics.plain(float("nan")), "nan"),
-        (tables.size(999), "999 B"), (tables.size(999_999), "1.0 MB"), (tables.size(5_518_040), "5.5 MB"),
-        (tables.duration(0.44), "0.4 s"), (tables.duration(59.7), "1 min"), (tables.duration(12000), "3 h 20 min"),
-        (tables.duration(None), ""), (tables.moment("2026-11-22T16:40:22.109+00:00"), "2026-11-22 16:40"),
+        (written.plain(0.0), "0"),
+        (written.plain(12480.4), "12,480"), (written.plain(2.13e-6), "2.13e-06"), (written.plain(float("nan")), "nan"),
+        (written.size(999), "999 B"), (written.size(999_999), "1.0 MB"), (written.size(5_518_040), "5.5 MB"),
+        (written.duration(0.44), "0.4 s"), (written.duration(59.7), "1 min"), (written.duration(12000), "3 h 20 min"),
+        (written.duration(None), ""), (written.moment("2026-11-22T16:40:22.109+00:00"), "2026-11-22 16:40"),
     ],
 )  # fmt: skip
 def test_values_are_written_with_units(text: str, expected: str) -> None:
