@@ -3,7 +3,8 @@
     python bench/model.py [--quick] [--only-large] [--size NAME] [--device cpu|cuda] [--clock wall|cpu]
 
 For every input size: images per second of forward and of forward + backward, FLOPs per image, peak memory.
-Variants take turns, and each one's fastest round counts, so that other load on the machine disturbs them alike.
+Variants take turns, forwards and backwards through the list, so that other load and drift disturb them alike; the
+median of a variant's rounds counts (of two rounds the faster one).
 Peak memory is that of one pass with one model alone: on a CPU the resident set of a process of its own (the libraries,
 about 300 MiB, included), which is also the first round; on a GPU what the device holds while the others are away.
 On a GPU it is bf16 and compiled, on a CPU float32 and eager. `--clock cpu` counts the CPU time of this process
@@ -17,6 +18,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +146,7 @@ def measure(
     models: dict[str, nn.Module] = {}
     # The naive model is compiled too: the figure is about attention and layout, not about the compiler.
     compiled: dict[str, nn.Module] = {}
+    samples: dict[str, list[float]] = {}
     for name in names:
         if gpu:
             models[name], settings = variant(config, pixels, name)
@@ -153,17 +156,18 @@ def measure(
             took, peak = in_a_process(config, pixels, name, train, batch, clock, threads)
             settings = variant(config, pixels, name)[1]
         flops = backbone_flops(settings, pixels, pixels).total * (3 if train else 1)
-        rows[name] = {"s": took, "gflops": flops / 1e9, "peak_mib": peak and peak / 2**20}
+        rows[name] = {"gflops": flops / 1e9, "peak_mib": peak and peak / 2**20}
+        samples[name] = [took]
     for name in names if rounds > 1 else ():
         if gpu:
             models[name].to(device)
         else:
             compiled[name] = variant(config, pixels, name)[0].train(train)
-    for _ in range(rounds - 1):
-        for name, model in compiled.items():
-            rows[name]["s"] = min(rows[name]["s"], seconds(model, image, train, CLOCKS[clock]))
-    for row in rows.values():
-        row["s"] /= batch
+    for turn in range(rounds - 1):
+        for name in list(compiled)[:: -1 if turn % 2 else 1]:
+            samples[name].append(seconds(compiled[name], image, train, CLOCKS[clock]))
+    for name, row in rows.items():
+        row["s"] = statistics.median_low(samples[name]) / batch
     return rows
 
 
@@ -201,7 +205,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="of forward passes; training takes half as many"
+    )
     parser.add_argument(
         "--batch",
         type=int,
@@ -233,8 +239,16 @@ def main() -> None:
         config: BackboneConfig, pixels: int, train: bool, names: Sequence[str], batch: int, key: str
     ) -> None:
         batch = args.batch or (8 if gpu else batch)
-        rounds = 2 if args.quick else args.rounds
-        rows = measure(config, pixels, train=train, names=names, rounds=rounds, batch=batch, **common)
+        rounds = 2 if args.quick else -(-args.rounds // 2) if train else args.rounds
+        while True:
+            try:
+                rows = measure(config, pixels, train=train, names=names, rounds=rounds, batch=batch, **common)
+                break
+            except torch.OutOfMemoryError:  # on a GPU only: naive attention keeps its matrices
+                if batch == 1:
+                    raise
+            batch //= 2
+            torch.cuda.empty_cache()
         what = "forward + backward" if train else "forward"
         title = f"width {config.embed_dim}, {pixels} pixels, batch {batch}, {what}"
         report(figures, title, rows, f"{key}_train" if train else key)
