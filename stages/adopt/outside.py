@@ -10,8 +10,7 @@ from stages.artifacts import CheckpointRef
 from stages.model.files import local_copy
 from stages.model.infer import infer_config
 from stages.model.io import CONFIG, WEIGHTS, config_beside, read_described
-
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+from stages.model.places import beside, is_weights_file
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Outside:
 def weights_file(uri: str) -> str | None:
     """URI of the weights that `uri` names, a file or a folder with `model.safetensors`; None where there are none."""
     full = storage.join(uri)
-    if not full.endswith(SUFFIXES):
+    if not is_weights_file(full):
         full = storage.join(full, WEIGHTS)
     return full if storage.exists(full) else None
 
@@ -67,4 +66,4 @@ def config_sha256(weights: str) -> str | None:
     """sha256 of the `config.json` that says what model a weights file is of; None where none lies beside it."""
     if config_beside(weights) is None:
         return None
-    return storage.sha256_bytes(storage.read_bytes(storage.join(weights.rsplit("/", 1)[0], CONFIG)))
+    return storage.sha256_bytes(storage.read_bytes(beside(weights, CONFIG)))

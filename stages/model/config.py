@@ -163,7 +163,9 @@ class TeacherConfig(Config):
     """A frozen vision tower that gives the targets.
 
     `uri`: a folder or file (path or any storage URI), or a Hugging Face hub name (`org/name`). `sha256` pins
-    the weights file. `input_size` (pixels) differs from the tower's own where the grids would not agree
+    the weights file; of weights in several files beside an index (`model.safetensors.index.json`) it is that of the
+    lines which `sha256sum` prints for them in order of name: `sha256sum model-*.safetensors | sha256sum`.
+    `input_size` (pixels) differs from the tower's own where the grids would not agree
     otherwise: CLIP L/14 runs at 196 beside a 224 student. `precision` auto is bf16 on a GPU, fp32 on a CPU.
     `published_scaling` squeezes images into [0.5, 1], as the published iTPN code did by mistake. `heads` is
     needed only where the tower does not have width/64 of them.

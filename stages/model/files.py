@@ -20,7 +20,9 @@ from torch import Tensor
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid
+from stages.model import sharded
 from stages.model.config import SHA256
+from stages.model.places import file_name, is_index
 
 
 class _Ignored:
@@ -50,24 +52,33 @@ _EMA_KEYS = ("model_ema", "ema", "state_dict_ema")
 def local_copy(uri: str, *, sha256: str | None = None) -> Iterator[Path]:
     """A local path to the object at `uri`, downloaded to a temporary folder where it is not local.
 
+    With the index of weights in several files (`stages.model.sharded`) these lie beside it, each of them checked.
+
     Raises:
         ConfigError: `sha256` is none.
         DataInvalid: there is no such file, or its hash is not `sha256`.
     """
     full = storage.join(uri)
     sha256 = pin(sha256)
-    if "://" not in full:
-        if not Path(full).is_file():
-            raise DataInvalid(
-                f"no weights file at {full}", expected="a file", found="nothing", remedy="correct the path"
-            )
-        if sha256 is not None and (found := storage.sha256_file(full)) != sha256:
-            raise _differs(full, sha256, found)
-        yield Path(full)
-        return
     with tempfile.TemporaryDirectory(prefix="itpn-weights-") as folder:
-        local = Path(folder) / full.rsplit("/", 1)[-1]
-        storage.download_file(full, local, sha256=sha256)
+        if "://" not in full:
+            local = Path(full)
+            if not local.is_file():
+                raise DataInvalid(
+                    f"no weights file at {full}",
+                    expected="a file",
+                    found="nothing",
+                    remedy="correct the path",
+                )
+        elif is_index(full):
+            local = sharded.fetch(full, Path(folder))
+        else:
+            local = Path(folder) / file_name(full)
+            storage.download_file(full, local)
+        if is_index(local):
+            sharded.check(local)
+        if sha256 is not None and (found := sharded.sha256_of(local)) != sha256:
+            raise _differs(full, sha256, found)
         yield local
 
 
@@ -100,8 +111,8 @@ def read_state(path: Path, *, ema: bool = False) -> dict[str, Tensor]:
 def read_file(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a weights file by name, on the CPU, and the config that it holds itself, if it does.
 
-    Understands safetensors, torch files (a state dict, or one under `model`, `module` or `state_dict`; with
-    `ema` under `model_ema`), and TorchScript archives. Nothing in the file is executed.
+    Understands safetensors (also several files, by their index), torch files (a state dict, or one under `model`,
+    `module` or `state_dict`; with `ema` under `model_ema`), and TorchScript archives. Nothing in the file is executed.
 
     Raises:
         DataInvalid: not such a file, one that would need to run code, or one without averaged weights when
@@ -140,6 +151,8 @@ def read_file(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], dict
 
 def _parse(path: Path) -> tuple[Any, bool]:
     """The file's content, and whether it may hold more than tensors."""
+    if is_index(path):
+        return sharded.read(path), False
     if path.suffix == ".safetensors":
         return load_file(path), False
     if is_torchscript(path):

@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cluster.errors import ConfigError, DataInvalid
+from stages.model import sharded
 from stages.model.files import read_state
+from stages.model.places import is_index
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -72,17 +74,23 @@ def load_hf_tower(config: dict[str, Any], weights: Path) -> tuple[HfTower, dict[
         )
     import transformers  # takes seconds to import
 
-    name, mean, std = _CLASSES[kind]
+    class_name, mean, std = _CLASSES[kind]
     vision = config.get("vision_config") or config
     # transformers reads a folder with fixed file names, and never a pickle: others are converted first.
     with tempfile.TemporaryDirectory(prefix="itpn-teacher-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         target = Path(folder) / "model.safetensors"
-        if weights.suffix == ".safetensors":
+        if is_index(weights):
+            # transformers asks for `metadata`, which not every index has.
+            index = {"metadata": {}, "weight_map": sharded.weight_map(weights)}
+            (Path(folder) / "model.safetensors.index.json").write_text(json.dumps(index))
+            for name in sharded.files_of(weights):
+                (Path(folder) / name).symlink_to((weights.parent / name).resolve())
+        elif weights.suffix == ".safetensors":
             target.symlink_to(weights.resolve())
         else:
             save_file({k: v.contiguous() for k, v in read_state(weights).items()}, target)
-        loader = getattr(transformers, name).from_pretrained
+        loader = getattr(transformers, class_name).from_pretrained
         try:
             model, report = loader(
                 folder,
@@ -96,7 +104,7 @@ def load_hf_tower(config: dict[str, Any], weights: Path) -> tuple[HfTower, dict[
     if missing := sorted(report["missing_keys"]):
         raise DataInvalid(
             f"the teacher in {weights} lacks weights",
-            expected=f"a {name}",
+            expected=f"a {class_name}",
             found=f"missing {', '.join(missing[:5])}",
         )
     siglip = kind.startswith("siglip")

@@ -22,6 +22,7 @@ from stages.model.infer import infer_config, some, square_side
 from stages.model.itpn import resize_bias_table
 from stages.model.layers import Normalisation, resize_grid
 from stages.model.mfm import MaskedFeatureModel, published_name
+from stages.model.places import beside, is_weights_file
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Parts of a classifier or of pre-training that another kind of model has no place for.
@@ -117,9 +118,7 @@ def load(
         DataInvalid: missing, broken or pinned otherwise, or weights that do not fit their config, all of them.
     """
     full = storage.join(uri)
-    weights = (
-        full if Path(full).suffix in (".safetensors", ".pt", ".pth", ".bin") else storage.join(full, WEIGHTS)
-    )
+    weights = full if is_weights_file(full) else storage.join(full, WEIGHTS)
     with local_copy(weights, sha256=sha256) as path:
         state, config = read_described(weights, path, ema=ema)
     config = config or infer_config(state)
@@ -161,7 +160,7 @@ def read_described(
 
 def config_beside(weights: str) -> dict[str, Any] | None:
     """The `config.json` in the folder of a weights file; None where there is none, or one of another program."""
-    uri = storage.join(storage.join(weights).rsplit("/", 1)[0], CONFIG)
+    uri = beside(weights, CONFIG)
     found = storage.read_json(uri) if storage.exists(uri) else None
     return found if isinstance(found, dict) and "backbone" in found else None
 

@@ -17,19 +17,23 @@ from torch import Tensor, nn
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, StorageUnavailable
+from stages.model import sharded
 from stages.model.clip_tower import ClipTower, from_hf, from_openai, hf_arguments, open_clip_arguments
 from stages.model.config import BackboneConfig, TeacherConfig
 from stages.model.files import is_torchscript, local_copy, read_state
 from stages.model.hf_towers import is_clip, is_known, load_hf_tower
+from stages.model.places import beside, file_name, is_index, is_weights_file
 
 log = logging.getLogger(__name__)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _CONFIGS = {"hf": "config.json", "open_clip": "open_clip_config.json"}
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_WHOLE = ("model.safetensors", "open_clip_model.safetensors")
+_INDEX = "model.safetensors.index.json"  # of several files
 _WEIGHTS = (
-    "model.safetensors",
-    "open_clip_model.safetensors",
+    _WHOLE[0],
+    _INDEX,
+    _WHOLE[1],
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
@@ -54,7 +58,7 @@ class Teacher(nn.Module):
         input_size: pixels of a side of the images that it sees.
         grid: tokens along a side.
         dim: width of the targets.
-        sha256: of the weights file.
+        sha256: of the weights file; of several files as `stages.model.sharded` says.
     """
 
     mean: Tensor
@@ -111,7 +115,7 @@ def load_teacher(config: TeacherConfig, device: torch.device | str = "cpu") -> T
     """
     files = find_files(config)
     with local_copy(files.weights, sha256=config.sha256) as path:
-        sha256 = config.sha256 or storage.sha256_file(path)
+        sha256 = config.sha256 or sharded.sha256_of(path)
         try:
             tower = _tower(config, files, path)
         except (
@@ -145,30 +149,35 @@ class TeacherFiles:
 
 
 def find_files(config: TeacherConfig) -> TeacherFiles:
-    """Resolve `config.uri`: a weights file, or a folder that holds one beside its config."""
+    """Resolve `config.uri`: a weights file, the index of several, or a folder that holds one beside its config."""
     uri = _from_hub(name) if (name := hub_name(config.uri)) else storage.join(config.uri)
-    file = Path(uri).name if Path(uri).suffix in _SUFFIXES else None
-    folder = uri.rsplit("/", 1)[0] if file else uri
-    configs = {layout: _json_at(storage.join(folder, name)) for layout, name in _CONFIGS.items()}
+    weights = uri if _is_file(uri) else None
+    # With the name of a file in that folder `beside` finds the others there.
+    inside = weights or storage.join(uri, _WEIGHTS[0])
+    configs = {layout: _json_at(beside(inside, name)) for layout, name in _CONFIGS.items()}
     hf, open_clip = configs["hf"], configs["open_clip"]
     # Hub folders may hold one model in several layouts side by side, and timm's config.json says no model type.
     hf_counts = hf is not None and (open_clip is None or is_known(hf))
     by_config = "hf" if hf_counts else "openai" if open_clip is None else "open_clip"
     wanted = by_config if config.layout == "auto" else config.layout
-    if file is None:
+    if weights is None:
         names = sorted(_WEIGHTS, key=lambda name: name.startswith("open_clip") != (wanted == "open_clip"))
-        file = next((name for name in names if storage.exists(storage.join(folder, name))), None)
-    if file is None:
+        weights = next((found for name in names if storage.exists(found := beside(inside, name))), None)
+    if weights is None:
         raise DataInvalid(
             f"no teacher at {config.uri}",
             expected="a weights file, or a folder with one of " + ", ".join(_WEIGHTS),
             found="neither",
             remedy="correct teacher.uri",
         )
-    layout = "open_clip" if config.layout == "auto" and file.startswith("open_clip") else wanted
-    weights, found = storage.join(folder, file), configs.get(layout)
-    preprocessor = storage.join(folder, "preprocessor_config.json")
-    return TeacherFiles(weights, layout, found, _json_at(preprocessor))
+    by_name = config.layout == "auto" and file_name(weights).startswith("open_clip")
+    layout = "open_clip" if by_name else wanted
+    preprocessor = _json_at(beside(weights, "preprocessor_config.json"))
+    return TeacherFiles(weights, layout, configs.get(layout), preprocessor)
+
+
+def _is_file(uri: str) -> bool:
+    return is_weights_file(uri) or is_index(uri)
 
 
 def _json_at(uri: str) -> dict[str, Any] | None:
@@ -178,7 +187,7 @@ def _json_at(uri: str) -> dict[str, Any] | None:
 def hub_name(uri: str) -> str | None:
     """The hub repository that a URI names: `hf://org/name`, or `org/name` where there is no such path."""
     name = uri.removeprefix("hf://")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or Path(name).suffix in _SUFFIXES:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or _is_file(name):
         return None
     return name if uri.startswith("hf://") or not Path(uri).exists() else None
 
@@ -188,7 +197,13 @@ def _from_hub(name: str) -> str:
     from huggingface_hub import snapshot_download  # comes with transformers
 
     try:
-        return snapshot_download(name, allow_patterns=[*_WEIGHTS[:2], "*.json"])
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", *_WHOLE]))
+        index = folder / _INDEX
+        if index.is_file() and not any((folder / file).is_file() for file in _WHOLE):
+            snapshot_download(name, allow_patterns=["*.json", *sharded.files_of(index)])
+        return str(folder)
+    except DataInvalid:
+        raise
     except Exception as error:  # the hub's errors and those of the HTTP client below it share no base class
         raise StorageUnavailable(
             f"the teacher '{name}' could not be fetched from the Hugging Face hub",

@@ -1,8 +1,11 @@
 """Saving, loading and the strict report."""
 
 import argparse
+import functools
+import http.server
 import json
 import pickle
+import threading
 import zipfile
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import ConfigError, DataInvalid
 from cluster.hashing import sha256_file
+from stages.adopt.outside import examine, weights_file
 from stages.model import (
     BackboneConfig,
     Classifier,
@@ -31,6 +35,7 @@ from stages.model import (
     load_teacher,
     save_model,
 )
+from stages.model.teacher import find_files
 
 SMALL = {"img_size": 64, "embed_dim": 64, "depths": (1, 1, 4), "num_heads": 1}
 CLIP = Path(__file__).parents[2] / "parity" / "data" / "clip_teacher.safetensors"
@@ -305,6 +310,39 @@ def test_models_and_teachers_are_read_over_any_protocol(tmp_path):
     memory.put(str(tmp_path / "clip.safetensors"), "memory://models/clip.safetensors")
     assert load_teacher(TeacherConfig(uri="memory://models/clip.safetensors", heads=4)).dim == 24
     memory.rm("memory://models", recursive=True)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def web(tmp_path):
+    """A folder as a web server that takes no notice of queries, and its address."""
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_web_addresses_with_a_query_name_files(web):
+    folder, address = web
+    torch.save({"model": published().state_dict()}, folder / "file.pth")
+    assert load(f"{address}/file.pth?download=1").num_classes == 5
+    uri = f"{address}/file.pth?token=a/b"
+    assert weights_file(uri) == uri and examine(uri).sha256 == sha256_file(folder / "file.pth")
+    model = Classifier(config(), 3)
+    save_model(folder / "m", model.state_dict(), model.describe())  # its heads stand in config.json beside it
+    assert torch.equal(load(f"{address}/m/model.safetensors?download=true").head.weight, model.head.weight)
+    state = {name[6:]: value for name, value in load_file(CLIP).items() if name.startswith("state.")}
+    save_file(state, folder / "open_clip_model.safetensors")
+    teacher = TeacherConfig(uri=f"{address}/open_clip_model.safetensors?v=2", heads=4)
+    assert find_files(teacher).layout == "open_clip" and load_teacher(teacher).dim == 24
 
 
 @pytest.mark.parametrize("make", [published, pretrain], ids=["classifier", "pretrain"])

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import pickle
+import subprocess
 import zipfile
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -299,6 +301,79 @@ def test_an_input_size_that_cuts_patches_is_refused(tmp_path, openai_state):
     save_file(openai_state, tmp_path / "clip.safetensors")
     with pytest.raises(ConfigError, match=r"teacher.input_size=56 or 70"):
         load_teacher(TeacherConfig(uri=str(tmp_path / "clip.safetensors"), heads=4, input_size=60))
+
+
+def shard(folder, model):
+    """A transformers model in several files; their sha256 as the shell tells it."""
+    model.save_pretrained(folder, max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1 and not (folder / "model.safetensors").exists()
+    command = "sha256sum model-*.safetensors | sha256sum"
+    told = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=True)
+    return told.stdout.split()[0]
+
+
+def test_weights_in_several_files_are_read_and_pinned_together(tmp_path, golden, openai_state):
+    digest = shard(tmp_path / "parts", hf_folder(tmp_path / "whole", openai_state))
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "parts") + "/", "memory://sharded/", recursive=True)
+    for uri in (str(tmp_path / "parts"), str(index), "memory://sharded"):
+        teacher = load_teacher(TeacherConfig(uri=uri, sha256=digest))
+        torch.testing.assert_close(teacher(golden["image56"]), golden["target56"], rtol=1e-4, atol=1e-5)
+        assert load_teacher(TeacherConfig(uri=uri)).sha256 == digest
+    with pytest.raises(DataInvalid, match="not the file that was pinned"):
+        load_teacher(TeacherConfig(uri=str(index), sha256="0" * 64))
+    memory.rm("memory://sharded", recursive=True)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov2"])
+def test_towers_of_transformers_are_read_from_several_files(tmp_path, kind):
+    model = small(kind)
+    model.save_pretrained(tmp_path / "whole")
+    digest = shard(tmp_path / "parts", model)
+    index = tmp_path / "parts" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    whole, parts = (load_teacher(TeacherConfig(uri=str(tmp_path / name))) for name in ("whole", "parts"))
+    image = torch.rand(1, 3, whole.input_size, whole.input_size)
+    assert torch.equal(parts(image), whole(image)) and parts.sha256 == digest != whole.sha256
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda first, second, index: second.unlink(), r"model-00002-.* is missing"),
+        (
+            lambda first, second, index: second.write_bytes(second.read_bytes()[:-9]),
+            r"00002-.* cannot be read",
+        ),
+        (lambda first, second, index: second.write_bytes(first.read_bytes()), r"00002-.* is not the file"),
+        (lambda first, second, index: index.write_text("{}"), r"no index of weights(.|\n)*no weight_map"),
+        (
+            lambda first, second, index: index.write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+            r"no index of weights(.|\n)*\.\./b",
+        ),
+    ],
+    ids=["missing", "cut short", "another's", "empty index", "outside"],
+)
+def test_every_one_of_several_files_is_verified(tmp_path, openai_state, damage, words):
+    shard(tmp_path / "parts", hf_folder(tmp_path / "whole", openai_state))
+    first, second = sorted((tmp_path / "parts").glob("model-*.safetensors"))[:2]
+    damage(first, second, tmp_path / "parts" / "model.safetensors.index.json")
+    with pytest.raises(DataInvalid, match=words):
+        load_teacher(TeacherConfig(uri=str(tmp_path / "parts")))
+
+
+def test_only_the_files_that_the_index_names_are_fetched_from_the_hub(tmp_path, openai_state, monkeypatch):
+    import huggingface_hub
+
+    shard(tmp_path, hf_folder(tmp_path / "whole", openai_state))
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns) or str(tmp_path)
+    )  # fmt: skip
+    assert load_teacher(TeacherConfig(uri="some-org/clip-large")).dim == 24
+    parts = sorted(path.name for path in tmp_path.glob("model-*.safetensors"))
+    assert asked == [["*.json", "model.safetensors", "open_clip_model.safetensors"], ["*.json", *parts]]
 
 
 def test_missing_and_wrong_files_are_named(tmp_path):
