@@ -4,7 +4,7 @@ Prints what it does and, last, one JSON object:
 - overhead_over_bare_loop: extra time of a step of the loop (DeepSpeed, guards, metrics) over a bare
   forward-backward-AdamW step of the same model, data, teacher and masks. Both run in turns in one process.
 - save_stall_share: time that the loop stands still for a save, over the time between two saves at the default
-  interval (one epoch).
+  interval (one epoch, so half an epoch). Both by the wall clock, whatever --clock says: waiting takes no CPU time.
 - step_ms, bare_step_ms, save_stall_ms, and images_per_s and data_wait_share of training on shards of clipart-12.
 - peak_mib_<precision>_zero<stage> and theory_mib_…: most bytes of tensors that one of two ranks held in the third and
   fourth step (torch's profiler counts them; the teacher apart), beside the state of bench/scaling.py. The difference is
@@ -43,6 +43,7 @@ from stages.pretrain.config import PretrainConfig
 from stages.pretrain.task import MfmTask
 from stages.shard.config import ShardConfig
 from stages.shard.stage import run as shard
+from stages.train.checkpoint import is_due
 from stages.train.feeds import open_training_data
 from stages.train.loop import Trainer
 
@@ -62,7 +63,7 @@ class Subject:
 
     gpu: bool
     batch: int
-    epoch_steps: int  # the default save interval
+    epoch_steps: int  # the default save interval: most that is lost, a save begins twice in it
 
     def config(self, steps: int, **changes: Any) -> PretrainConfig:
         values = {
@@ -139,7 +140,8 @@ def bare_step(task: MfmTask, optimiser: torch.optim.Optimizer, batch: Batch) -> 
 def loop_cost(subject: Subject, steps: int, clock: Callable[[], float], out: str) -> dict[str, float]:
     """Steps of the loop and of a bare loop in turns: what the machine does meanwhile hits both alike."""
     world = distributed.init()
-    settings = subject.config(steps, checkpoint={"save_every_steps": max(steps // 3, 1)})
+    every = max(steps // 3, 2)
+    settings = subject.config(steps, checkpoint={"save_every_steps": every})
     teacher = subject.teacher(settings, world.device)
     task, other = (make_task(settings, teacher, world.device) for _ in range(2))
     other.module.to(world.device, torch.bfloat16 if subject.gpu else torch.float32)
@@ -149,18 +151,22 @@ def loop_cost(subject: Subject, steps: int, clock: Callable[[], float], out: str
     own: list[float] = []
     bare: list[float] = []
     marks: list[float] = []
+    walls: list[float] = []  # of steps of the loop, as `own`, by the wall clock
+    wall_marks: list[float] = []
     stalls: list[float] = []
     size = settings.backbone.img_size
 
     def between() -> None:
-        now = clock()
+        now, wall = clock(), time.perf_counter()
         stalls.append(trainer.checkpoints.stalled_s)
         if marks:
             own.append(now - marks[-1])
+            walls.append(wall - wall_marks[-1])
         sample = next(iter(Synthetic(subject.batch, size, lambda: None, 1)))
         began = clock()
         bare_step(other, optimiser, sample)
         bare.append(clock() - began)
+        wall_marks.append(time.perf_counter())
         marks.append(clock())
 
     def feed(start: tuple[int, int], end: int) -> Synthetic:
@@ -170,14 +176,14 @@ def loop_cost(subject: Subject, steps: int, clock: Callable[[], float], out: str
     trainer.train()
     distributed.shutdown()
     step, bare_s = statistics.median(own[2:]), statistics.median(bare[3:])
-    # Two saves in mid-run; the last one, which is waited for to its end, is not counted.
-    stall = stalls[-1] / 2
+    # Those in mid-run; the last one, which is waited for to its end, is not counted.
+    stall = stalls[-1] / sum(is_due(step, every, background=True) for step in range(1, steps))
     return {
         "overhead_over_bare_loop": step / bare_s - 1,
         "step_ms": 1e3 * step,
         "bare_step_ms": 1e3 * bare_s,
         "save_stall_ms": 1e3 * stall,
-        "save_stall_share": stall / (subject.epoch_steps * step),
+        "save_stall_share": stall / (subject.epoch_steps / 2 * statistics.median(walls[2:])),
     }
 
 

@@ -149,7 +149,7 @@ def test_ten_ranks_killed_inside_saves_and_uploads(whole, tmp_path):
     run = Run(tmp_path, kills=kills)
     assert run.ends_well(run.launch()), run.errors()
     assert len(list(run.out.glob("killed-*"))) == INSTANTS
-    run.check(whole, INSTANTS + 1, bound=2 * INTERVAL)
+    run.check(whole, INSTANTS + 1, bound=INTERVAL)
 
 
 def test_ten_killed_launchers_take_their_ranks_with_them_and_the_same_command_goes_on(whole, tmp_path):
@@ -175,7 +175,7 @@ def test_ten_killed_launchers_take_their_ranks_with_them_and_the_same_command_go
         _, alive = psutil.wait_procs(ranks, timeout=30)
         assert not alive, "ranks outlived their launcher"
     assert run.ends_well(run.launch()), run.errors()
-    run.check(whole, 7 + 1, bound=2 * INTERVAL)
+    run.check(whole, 7 + 1, bound=INTERVAL)
 
 
 def uploads_under_way(out: Path) -> bool:

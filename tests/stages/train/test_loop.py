@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster import storage
+from stages.train import loop
 from tests.stages.train import ranks
 
 pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
@@ -308,6 +310,16 @@ def test_minutes_on_one_ranks_clock_save_on_all(ran):
     # Only the second rank's clock was put forward, in steps 3 and 6; the last step is saved in any case.
     assert [int(path.stem) for path in saved] == [3, 6, 8]
     assert all(len(storage.read_json(str(path))["files"]) == 3 for path in saved)  # two ranks, and common
+
+
+@pytest.mark.parametrize(("background", "begins_s"), [(True, 26.0), (False, 56.0)])
+def test_minutes_are_over_before_a_step_that_would_end_too_late(monkeypatch, background, begins_s):
+    """A minute may be lost: half of it between two saves in the background, and steps take 4 s."""
+    checkpoint = SimpleNamespace(background=background)
+    trainer = SimpleNamespace(config=SimpleNamespace(checkpoint=checkpoint), _saved_at=100.0, _step_s=4.0)
+    for passed_s, due in ((begins_s - 0.1, False), (begins_s + 0.1, True)):
+        monkeypatch.setattr(loop.time, "monotonic", lambda passed_s=passed_s: 100.0 + passed_s)
+        assert loop.Trainer._seconds_are_due(trainer, 60.0) == due
 
 
 def test_unknown_loss_to_judge_checkpoints_by_is_refused(ran):
