@@ -14,6 +14,7 @@ from stages.context import Progress
 from stages.data import augment
 from stages.data.class_names import read_class_names
 from stages.data.dataset import ShardDataset
+from stages.data.device import on_device
 from stages.data.feed import EvalFeed
 from stages.evaluate.config import Classification, EvaluateConfig, Evaluator, Knn, Linear, OnData, Real
 from stages.evaluate.features import Features, collect
@@ -126,8 +127,8 @@ class Workbench:
         )
         began = self._done
         with feed:
-            for batch in feed:
-                image = augment.to_float01(batch.images.to(self.device))
+            for batch in on_device(feed, self.device):
+                image = augment.to_float01(batch.images)
                 image = augment.normalise(image, *setting.normalisation)
                 yield batch, forward(image.to(self.dtype))
                 self._done += len(batch.labels) * self.world.world_size

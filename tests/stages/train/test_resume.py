@@ -17,7 +17,7 @@ LOOP: dict[str, Any] = {
     "global_batch": 8,
     "schedule": {"steps": 12, "warmup_steps": 2},
     "optimiser": {"lr": 0.01},
-    "checkpoint": {"save_every_steps": 4},
+    "checkpoint": {"save_every_steps": 8},  # and half-way between: 4, 8, 12
     "ema_decay": 0.9,
 }
 
