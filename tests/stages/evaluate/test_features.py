@@ -53,6 +53,52 @@ def test_knn_equals_scikit_learn(monkeypatch, chunk):
     assert 0.3 < (expected == query.y_N.numpy()).mean() < 1
 
 
+def twins(rows: int, classes: int) -> tuple[Features, Features]:
+    """Every training image three times or more, with other labels: neighbours and votes are tied everywhere."""
+    few = blobs(7, 1).x_NC
+    rng = np.random.default_rng(5)
+    x, y = few[torch.tensor(rng.integers(0, 7, rows))], torch.tensor(rng.integers(0, classes, rows))
+    # The same direction at another length is as similar, whatever the last bit of a float32 says.
+    return Features(x * torch.tensor(rng.uniform(0.5, 2, (rows, 1)), dtype=torch.float32), y, rows), blobs(
+        61, 2
+    )
+
+
+@pytest.mark.parametrize("chunk", [5, 64, 10_000])
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_knn_breaks_ties_by_its_rule_however_it_is_cut(monkeypatch, k, chunk):
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbours, "_QUERIES", chunk)
+    train, query = twins(300, CLASSES)
+    found = neighbours.predict(train, query, CLASSES, k=k, temperature=0.07)
+    x, q = (f.x_NC.double().numpy() for f in (train, query))
+    x, q = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (x, q))
+    for row, similarity in enumerate(np.rint(q @ x.T * 2**30).astype(int)):
+        nearest = sorted(range(300), key=lambda i: (-similarity[i], i))[:k]  # the earlier of equal ones
+        votes = np.zeros(CLASSES, dtype=int)
+        for i in nearest:
+            weight = np.exp((similarity[i] - similarity[nearest[0]]) / 2**30 / 0.07)
+            votes[train.y_N[i]] += int(np.rint(weight * 2**40))
+        assert found[row] == votes.argmax(), "numpy's argmax is the first: the lower class index"
+
+
+def test_knn_breaks_tied_votes_as_scikit_learn():
+    """It leaves open which of tied neighbours are among the k; here there are k in all, and they tie in votes."""
+    labels = [4, 2, 3, 2, 4, 3]
+    x = torch.tensor([[3.0, 4.0]] * 6)
+    train = Features(x, torch.tensor(labels), 6)
+    query = Features(torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([0, 0]), 2)
+    found = neighbours.predict(train, query, CLASSES, k=6, temperature=0.07)
+    judge = KNeighborsClassifier(
+        n_neighbors=6,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
+    )
+    judge.fit(x.numpy(), labels)
+    assert found.tolist() == judge.predict(query.x_NC.numpy()).tolist() == [2, 2]
+
+
 def test_knn_of_fewer_images_than_neighbours_takes_them_all():
     train, query = blobs(7, 1), blobs(9, 2)
     assert len(neighbours.predict(train, query, CLASSES, k=20, temperature=0.07)) == 9
