@@ -8,8 +8,8 @@ from pydantic import Field
 
 from cluster.resources import Resources
 from pipeline import preflight
-from pipeline.recipes._chain import Machines, adopt_step, fan_out, shard_step
-from pipeline.recipes._imagenet import IMAGENET, WHOLE_IMAGE_FROM
+from pipeline.recipes._chain import Machines, adopt_step, at_size, evaluate_step, fan_out, shard_step
+from pipeline.recipes._imagenet import CURVE, IMAGENET, READ, WHOLE_IMAGE_FROM
 from pipeline.recipes._jobs import Grid, Job, expand
 from pipeline.recipes._label_files import label_files
 from pipeline.recipes._other_sets import OtherSets, also_on, other_requirements
@@ -18,7 +18,7 @@ from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
 from stages.adopt.stage import refuse_unpinned
 from stages.config import Config, not_identity
-from stages.evaluate.config import EvaluateConfig
+from stages.evaluate.config import EvaluateConfig, Knn, Linear
 from stages.finetune.config import FinetuneConfig
 from stages.shard.config import ShardConfig
 
@@ -32,6 +32,7 @@ class FromCheckpoints(Config):
     checkpoints: dict[str, AdoptConfig] = Field(min_length=1)  # by the names that outputs carry
     evaluate: EvaluateConfig = EvaluateConfig()
     also: OtherSets = OtherSets()  # further sets to evaluate on
+    evaluate_workers: int = not_identity(1, ge=1)  # ranks of each evaluation; they share the images
     gpus_per_worker: float = not_identity(1.0, ge=0)  # below 1, jobs of one worker share a GPU
     cpus_per_worker: float | None = not_identity(None, gt=0)  # by default 8 beside a GPU, 1 without
     shard_workers: int = not_identity(16, ge=1)
@@ -42,10 +43,22 @@ class FromCheckpoints(Config):
         cpus = self.cpus_per_worker or (8.0 if self.gpus_per_worker else 1.0)
         return Resources(cpus=cpus, gpus=self.gpus_per_worker)
 
+    @property
+    def evaluation(self) -> Resources:
+        """What an evaluation gets."""
+        return replace(self.worker, workers=self.evaluate_workers)
+
 
 class DownstreamRecipe(FromCheckpoints):
-    """Fine-tuning jobs from given checkpoints, each evaluated."""
+    """Fine-tuning jobs from given checkpoints, each evaluated; `probe` judges what they start from.
 
+    Each job's evaluation has everything that needs no further data but k-NN and the linear probe. Those judge features
+    and cost a pass over all training images, so they are made once for each checkpoint; of each job too with
+    `--set evaluate.evaluators=…`. `--set probe=null` leaves them out.
+    """
+
+    evaluate: EvaluateConfig = EvaluateConfig(data=READ, evaluators=CURVE)
+    probe: EvaluateConfig | None = EvaluateConfig(data=READ, evaluators=(Knn(), Linear()))
     finetune: FinetuneConfig
     grid: Grid  # of the jobs; without `checkpoint`, from each of the recipe's
     jobs: tuple[Job, ...] = ()  # further ones
@@ -59,9 +72,9 @@ def build_downstream(config: DownstreamRecipe) -> list[Step]:
         shard=Resources(workers=config.shard_workers),
         pretrain=Resources(),
         finetune=replace(config.worker, workers=config.finetune_workers),
-        evaluate=config.worker,
+        evaluate=config.evaluation,
     )
-    grid = config.grid
+    grid, data, given = config.grid, data_step(config), starts(config)
     if not grid.checkpoint:
         grid = grid.model_copy(update={"checkpoint": tuple(config.checkpoints)})
     judged = fan_out(
@@ -69,13 +82,20 @@ def build_downstream(config: DownstreamRecipe) -> list[Step]:
         config.finetune,
         config.evaluate,
         expand(grid, config.jobs),
-        starts(config),
-        data_step(config),
+        given,
+        data,
         config.version,
         machines,
         whole_image_from=WHOLE_IMAGE_FROM,
     )
-    return also_on(judged, config.also, config.version, machines.shard)
+    probed = []
+    if config.probe:
+        probe = at_size(config.probe, config.finetune.backbone.img_size, WHOLE_IMAGE_FROM)
+        probed = [
+            evaluate_step(f"{name}-features", probe, data, start, config.version, machines.evaluate)
+            for name, start in given.items()
+        ]
+    return [*also_on(judged, config.also, config.version, machines.shard), *probed]
 
 
 def data_step(config: FromCheckpoints) -> Step:

@@ -61,6 +61,7 @@ class ImageNetRecipe(Config):
     gpus: int = not_identity(8, ge=1)  # of pre-training
     min_gpus: int | None = not_identity(None, ge=1)  # as few as this will do for it, while there are no more
     finetune_gpus: int = not_identity(8, ge=1)  # of each fine-tuning job
+    evaluate_gpus: int = not_identity(1, ge=1)  # of each evaluation
     cpus_per_gpu: float = not_identity(8.0, gt=0)
     shard_workers: int = not_identity(16, ge=1)
 
@@ -72,7 +73,7 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
         shard=Resources(workers=config.shard_workers),
         pretrain=Resources(workers=config.gpus, min_workers=config.min_gpus, **gpu),
         finetune=Resources(workers=config.finetune_gpus, **gpu),
-        evaluate=Resources(workers=1, **gpu),
+        evaluate=Resources(workers=config.evaluate_gpus, **gpu),
     )
     data = shard_step(config.data, config.version, machines.shard)
     trained = pretrain_step(name, config.pretrain, data, config.version, machines.pretrain)

@@ -31,7 +31,7 @@ def build(config: Recipe) -> list[Step]:
     data = data_step(config)
     size = config.evaluate.data.view.size
     judged = [
-        evaluate_step(f"{name}-{size}px", config.evaluate, data, start, config.version, config.worker)
+        evaluate_step(f"{name}-{size}px", config.evaluate, data, start, config.version, config.evaluation)
         for name, start in starts(config).items()
     ]
     return also_on(judged, config.also, config.version, Resources(workers=config.shard_workers))
@@ -39,4 +39,4 @@ def build(config: Recipe) -> list[Step]:
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:
     """A GPU, the data set, the checkpoints."""
-    return from_checkpoints_requirements(config, config.gpus_per_worker, address)
+    return from_checkpoints_requirements(config, config.evaluate_workers * config.gpus_per_worker, address)

@@ -37,7 +37,7 @@ def sweep(bench: Workbench, config: Speed) -> Iterator[Found]:
 
 
 def _of_model(bench: Workbench, config: Speed, acceleration: Acceleration, size: int) -> list[dict[str, Any]]:
-    """One model at every batch size. A batch that does not fit into the GPU's memory is left out, with a note."""
+    """One model at every batch size. A batch that does not fit into memory is left out, with a note."""
     backbone, device = configure(bench.weights.backbone, acceleration, size), device_name(bench.device)
     model = bench.weights.model(backbone).to(bench.device, bench.dtype)
     flops = backbone_flops(backbone, size, size, bench.weights.num_classes).total
@@ -49,8 +49,15 @@ def _of_model(bench: Workbench, config: Speed, acceleration: Acceleration, size:
         run = partial(speed, model, batch=batch, image_size=size, flops=flops, **how)
         try:
             values = list(run(device=bench.device, dtype=bench.dtype))
-        except torch.OutOfMemoryError:
-            notes = [f"speed {variant}: a batch does not fit into the memory of {device}"]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            notes = [
+                f"speed {variant}: a batch of {batch} images of {size} px does not fit into the memory of {device}, "
+                f"and is not measured: take {batch} out of the evaluator's batch_sizes, or lower its image_sizes"
+            ]
+        if notes and bench.device.startswith("cuda"):
+            torch.cuda.empty_cache()  # what the failed batch left, so that the next is measured as if alone
         if values and "peak_memory_bytes" not in dict(values):
             notes = [
                 f"speed {variant}: this system does not tell a process's peak memory (/proc/self/clear_refs)"
@@ -66,6 +73,11 @@ def _of_model(bench: Workbench, config: Speed, acceleration: Acceleration, size:
         )
         found.append(asdict(item))
     return found
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU or the CPU had too little memory; PyTorch's CPU allocator says so in its message only."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def device_name(device: str) -> str:

@@ -73,6 +73,36 @@ def test_every_recipe_has_a_graph_that_evaluates_each_resolution(name: str) -> N
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
+def test_downstream_recipes_measure_everything_that_needs_no_further_data(name: str) -> None:
+    module = recipes.load(f"downstream_{name}")
+    config = module.Recipe().with_set({"evaluate_workers": "4"})
+    steps = {step.id: step for step in module.build(config)}
+    probe = steps.pop(f"evaluate/{name}-features/v1")
+    assert probe.inputs["checkpoint"].id == f"import/{name}/v1"
+    assert probe.config.data.view.size == config.finetune.backbone.img_size
+    assert {each.kind for each in probe.config.evaluators} == {"knn", "linear"}
+    assert len(steps) == len(config.grid.resolution)
+    for step in steps.values():
+        assert {each.kind for each in step.config.evaluators} == {"classification", "speed"}
+        assert step.resources.workers == 4 and step.inputs["checkpoint"].resources.workers == 8
+    assert probe.resources.workers == 4
+    without = module.build(module.Recipe().with_set({"probe": "null"}))
+    assert {step.id for step in without} == set(steps)
+    assert [s.fingerprint for s in without] == [s.fingerprint for s in steps.values()], (
+        "workers are no identity"
+    )
+
+
+def test_evaluations_take_as_many_workers_as_are_asked_for() -> None:
+    pretrain = recipes.load("pretrain_base")
+    for step in pretrain.build(pretrain.Recipe().with_set({"evaluate_gpus": "2"})):
+        assert str(step.resources) == "2 x (8 CPU + 1 GPU)"
+    evaluate = recipes.load("evaluate")
+    [step] = evaluate.build(evaluate.Recipe().with_set({"evaluate_workers": "3", "gpus_per_worker": "0"}))
+    assert str(step.resources) == "3 x (1 CPU)"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_hours_in_the_docstring_are_those_of_the_formula(name: str, scaling: ModuleType) -> None:
     module = recipes.load(f"pretrain_{name}")
     recipe = module.Recipe()

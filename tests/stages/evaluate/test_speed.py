@@ -165,4 +165,27 @@ def test_batch_that_does_not_fit_leaves_the_others(dataset, tmp_path, monkeypatc
     sweep = {"kind": "speed", "batch_sizes": [1, 4], "warmup": 1, "iterations": 1}
     outcome = evaluate(dataset, checkpoint, tmp_path / "out", sweep)
     assert {m.variant for m in outcome.artifact.measurements} == {"off 32px b1"}
-    assert outcome.notes[0].startswith("speed off 32px b4: a batch does not fit into the memory")
+    assert outcome.notes[0].startswith(
+        "speed off 32px b4: a batch of 4 images of 32 px does not fit into the memory"
+    )
+
+
+def test_batch_beyond_all_memory_leaves_the_other_rows_of_every_evaluator(dataset, tmp_path):
+    """Really: no machine has the 12 TB that these images would take."""
+    checkpoint = models.save_classifier(tmp_path / "model", dataset, CLASSES)
+    sweep = {"kind": "speed", "batch_sizes": [10**9, 2], "image_sizes": [32], "warmup": 1, "iterations": 1}
+    outcome = evaluate(dataset, checkpoint, tmp_path / "out", {"kind": "classification"}, sweep)
+    assert {m.variant for m in outcome.artifact.measurements if not m.on_data} == {"off 32px b2"}
+    assert outcome.metrics.keys() > FIGURES | {"top1", "loss"}
+    [note] = outcome.notes
+    assert "batch of 1000000000 images of 32 px" in note and "out of the evaluator's batch_sizes" in note
+
+
+def test_other_failures_of_a_forward_pass_are_no_lack_of_memory(dataset, tmp_path, monkeypatch):
+    def broken(forward, **values):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(speeds, "speed", broken)
+    checkpoint = models.save_classifier(tmp_path / "model", dataset, CLASSES)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        evaluate(dataset, checkpoint, tmp_path / "out", {"kind": "speed", "batch_sizes": [1]})
