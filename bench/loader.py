@@ -87,7 +87,7 @@ def feed(dataset: ShardDataset, images: int, workers: int = 0) -> Iterator[int]:
 
 def bare_loop(dataset: ShardDataset, images: int) -> Iterator[int]:
     """Decode, crop and resize bytes that are in memory already, in shard order; nothing else."""
-    samples = dataset.read(np.arange(len(dataset)))
+    samples = list(dataset.read(np.arange(len(dataset))))
     draws = VIEW.draws(1, 0, np.arange(len(dataset)))
     out = torch.empty((BATCH, 224, 224, 3), dtype=torch.uint8)
     yield 0  # reading is not part of it

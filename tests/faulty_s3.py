@@ -24,16 +24,18 @@ NOT_IMPLEMENTED = (
 )
 READ_FAULTS = ("503", "reset", "truncated")
 WRITE_FAULTS = ("503", "lost")
+_METHODS = ("PUT", "GET", "HEAD", "POST", "DELETE")
 
 
 class FaultyS3(ThreadingHTTPServer):
     """Forwards to an S3 server; the attributes say what goes wrong.
 
     methods: which requests are meant. refuse: how many of the next get a 503. lose: how many of the next are carried
-    out but never answered. rate: the share of them that goes wrong at random, in one of `faults`: "503", "lost",
-    "reset" and "truncated" (half of the answer, then the connection ends). lacks: words of a query that the store
-    answers with 501, as one that has no such operation. strip: request headers that the store
-    never sees; it must not check signatures, which cover them. seen: counts what happened.
+    out but never answered. rate: the share of them that goes wrong at random, by each of `faults` in turn: "503",
+    "lost", "reset" and "truncated" (half of the answer, then the connection ends; of a HEAD's, nothing). lacks: words
+    of a query that the store answers with 501, as one that has no such operation. strip: request headers that the
+    store never sees; it must not check signatures, which cover them. seen: counts what happened by fault; hits by
+    (method, fault).
     """
 
     daemon_threads = True
@@ -43,13 +45,16 @@ class FaultyS3(ThreadingHTTPServer):
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream).netloc
-        self.rate, self.faults, self.random = rate, faults, random.Random(seed)
+        self.rate, self.faults = rate, faults
+        # For each method apart: how many faults some number of its requests meets depends on the seed alone.
+        self.random = {method: random.Random(f"{seed} {method}") for method in _METHODS}
         self.lock = threading.Lock()
         self.refuse = self.lose = 0
         self.strip: set[str] = set()
         self.lacks: set[str] = set()
-        self.methods = {"PUT", "GET", "HEAD", "POST", "DELETE"}
+        self.methods = set(_METHODS)
         self.seen: Counter[str] = Counter()
+        self.hits: Counter[tuple[str, str]] = Counter()
 
     @property
     def url(self) -> str:
@@ -66,9 +71,12 @@ class FaultyS3(ThreadingHTTPServer):
                 elif self.lose > 0:
                     self.lose -= 1
                     name = "lost"
-                elif self.random.random() < self.rate:
-                    name = self.random.choice(self.faults)
+                elif self.random[method].random() < self.rate:
+                    name = self.faults[
+                        sum(self.hits[method, fault] for fault in self.faults) % len(self.faults)
+                    ]
             self.seen[name] += 1
+            self.hits[method, name] += 1
             return name
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -95,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer = upstream.getresponse()
         data = answer.read()
         upstream.close()
-        if fault != "lost":
+        if fault != "lost" and not (fault and self.command == "HEAD"):
             skip = {"transfer-encoding", "connection", "date", "server", "content-length"}
             kept = {k: v for k, v in answer.getheaders() if k.lower() not in skip}
             length = int(answer.getheader("Content-Length", len(data)))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -20,9 +22,11 @@ from cluster.errors import ConfigError, DataInvalid
 from stages.config import nearest
 from stages.data.cache import ShardCache
 from stages.data.config import CacheConfig
+from stages.data.files import kept_open
 from stages.data.manifest import INDEX_SCHEMA, Manifest, Shard, load_manifest, resolve
 
 _READERS = 16  # range requests in flight when there is no cache
+_OPENINGS = 10  # of a copy that others push out of the cache before it is open
 _TRIES = 3  # reads of an answer that is shorter than asked for
 
 
@@ -53,6 +57,7 @@ class ShardDataset:
         self.shards: list[Shard] = stored.shards
         self.uris = [resolve(manifest_uri, manifest, shard.path) for shard in stored.shards]
         self.shard_samples = [shard.samples for shard in stored.shards]
+        self._remote = "://" in self.uris[0]  # a data set lies in one place
         self._cache_config = cache
         self._cache: ShardCache | None = None
         uri = resolve(manifest_uri, manifest, stored.index.path)
@@ -88,38 +93,28 @@ class ShardDataset:
         """The sample's key, `class/file`."""
         return self._keys[sample_id].as_py()
 
-    def read(self, sample_ids: np.ndarray) -> list[Sample]:
-        """The samples in the order asked for; each shard is opened once.
+    def read(self, sample_ids: np.ndarray) -> Iterator[Sample]:
+        """The samples one by one in the order asked for, which holds one of them in memory at a time; range
+        requests, where there is no cache, run ahead of it.
 
-        Raises DataInvalid when a shard is missing or damaged.
+        Raises DataInvalid when a shard is missing or damaged, StorageUnavailable when the store does not answer.
         """
-        ids = np.asarray(sample_ids)
-        data: list[bytes] = [b""] * len(ids)
-        remote_without_cache: list[int] = []
-        for shard in np.unique(self._shard[ids]).tolist():
-            positions = np.flatnonzero(self._shard[ids] == shard)
-            path = self._local(shard)
-            if path is None:
-                remote_without_cache += positions.tolist()
-                continue
-            for position, content in zip(
-                positions, self._read_local(shard, path, ids[positions]), strict=True
-            ):
-                data[position] = content
-        if remote_without_cache:
-            with ThreadPoolExecutor(_READERS) as pool:
-                found = pool.map(self._read_range, ids[remote_without_cache].tolist())
-                for at, content in zip(remote_without_cache, found, strict=True):
-                    data[at] = content
-        return [
-            Sample(sample_id, self.key(sample_id), content, int(self.labels[sample_id]))
-            for sample_id, content in zip(ids.tolist(), data, strict=True)
-        ]
+        ids = np.asarray(sample_ids).tolist()
+        with ExitStack() as stack:
+            if self._remote and not self.cached:
+                pool = ThreadPoolExecutor(_READERS)
+                stack.callback(pool.shutdown, cancel_futures=True)  # for those who stop midway
+                contents: Iterator[bytes] = pool.map(self._read_range, ids)
+            else:
+                files = stack.enter_context(kept_open(self._open))
+                contents = (self._read_local(files, sample_id) for sample_id in ids)
+            for sample_id, content in zip(ids, contents, strict=True):
+                yield Sample(sample_id, self.key(sample_id), content, int(self.labels[sample_id]))
 
     @property
     def cached(self) -> bool:
         """Whether shards are remote and copied to a local cache."""
-        return self._cache_config.folder is not None and any("://" in uri for uri in self.uris)
+        return self._remote and self._cache_config.folder is not None
 
     @property
     def cache_bytes(self) -> int:
@@ -127,41 +122,40 @@ class ShardDataset:
         return self._cache_config.max_bytes
 
     def fetch(self, shard: int) -> None:
-        """Bring a shard into the cache, if there is one and the shard is remote."""
-        self._local(shard)
+        """Bring a shard into the cache, if it is remote and there is one."""
+        if self.cached:
+            self._local(shard)
 
-    def _local(self, shard: int) -> Path | None:
+    def _local(self, shard: int) -> Path:
         uri = self.uris[shard]
         if "://" not in uri:
             return Path(uri)
-        if self._cache_config.folder is None:
-            return None
         if self._cache is None:
+            assert self._cache_config.folder is not None
             self._cache = ShardCache(self._cache_config.folder, self._cache_config.max_bytes)
         return self._cache.ensure(uri, size=self.shards[shard].bytes, sha256=self.shards[shard].sha256)
 
-    def _read_local(self, shard: int, path: Path, ids: np.ndarray) -> list[bytes]:
-        for _ in range(10):
+    def _open(self, shard: int) -> int:
+        """A file descriptor of the shard, fetched if need be."""
+        for _ in range(_OPENINGS):
             try:
-                file = os.open(path, os.O_RDONLY)
-                break
+                return os.open(self._local(shard), os.O_RDONLY)
             except FileNotFoundError:
                 # Another process made room between our look and our open; fetch it again.
-                again = self._local(shard)
-                if again is None or "://" not in self.uris[shard]:
+                if "://" not in self.uris[shard]:
                     raise self._damaged(shard, "no such file") from None
-        else:
-            raise ConfigError(
-                f"shards leave the cache {self._cache_config.folder} before they are read",
-                remedy="raise cache.max_bytes, or lower data.streams or data.window",
-            )
-        try:
-            content = [os.pread(file, int(self._size[i]), int(self._offset[i])) for i in ids.tolist()]
-            if any(len(c) != self._size[i] for c, i in zip(content, ids.tolist(), strict=True)):
-                raise self._damaged(shard, f"{os.fstat(file).st_size} bytes")
-            return content
-        finally:
-            os.close(file)
+        raise ConfigError(
+            f"shards leave the cache {self._cache_config.folder} before they are read",
+            remedy="raise cache.max_bytes, or lower data.streams or data.window",
+        )
+
+    def _read_local(self, files: Callable[[int], int], sample_id: int) -> bytes:
+        shard, size = int(self._shard[sample_id]), int(self._size[sample_id])
+        file = files(shard)
+        content = os.pread(file, size, int(self._offset[sample_id]))
+        if len(content) != size:
+            raise self._damaged(shard, f"{os.fstat(file).st_size} bytes")
+        return content
 
     def _read_range(self, sample_id: int) -> bytes:
         shard, size = int(self._shard[sample_id]), int(self._size[sample_id])

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from typing import TypedDict
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from cluster import storage
 from cluster.errors import DataInvalid
 from stages.data.decode import BadImage
+from stages.data.files import kept_open
 from stages.shard import parquet
 from stages.shard.scan import PARQUET, ZIP, local_path
 
@@ -27,7 +27,6 @@ REQUESTS = 16  # an object store answers a range in about 20 ms; 16 in flight ke
 GAP_BYTES = 1 << 18  # read and dropped rather than asked for apart: 20 ms at 100 MB/s would even allow 2 MB
 RUN_BYTES = 8 << 20  # of one request
 _ZIP_SLACK = 512  # local headers repeat the name and may carry extra fields that the directory lacks
-_OPEN_FILES = 64
 
 
 class Samples(TypedDict):
@@ -109,8 +108,8 @@ def _too_large(samples: Samples, where: Where, at: int) -> BadImage | None:
 
 
 def _read_local(samples: Samples, where: Where) -> Iterator[bytes | BadImage]:
-    with ExitStack() as stack:
-        files = stack.enter_context(_files(where))
+    containers = where["containers"]
+    with kept_open(lambda container: os.open(containers[container][0], os.O_RDONLY)) as files:
         for at, container in enumerate(samples["container"]):
             if bad := _too_large(samples, where, at):
                 yield bad
@@ -136,26 +135,6 @@ def _whole_file(samples: Samples, where: Where, at: int) -> bytes:
     if len(data) != samples["size"][at]:
         raise _changed(samples, where, at, f"{len(data)} bytes or more")
     return data
-
-
-@contextmanager
-def _files(where: Where) -> Iterator:
-    """A function container -> file descriptor that keeps the last 64 open."""
-    opened: OrderedDict[int, int] = OrderedDict()
-
-    def handle(container: int) -> int:
-        if container not in opened:
-            if len(opened) == _OPEN_FILES:
-                os.close(opened.popitem(last=False)[1])
-            opened[container] = os.open(where["containers"][container][0], os.O_RDONLY)
-        opened.move_to_end(container)
-        return opened[container]
-
-    try:
-        yield handle
-    finally:
-        for descriptor in opened.values():
-            os.close(descriptor)
 
 
 def _read_remote(samples: Samples, where: Where) -> Iterator[bytes | BadImage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tests.conftest import S3Server
 from tests.faulty_s3 import READ_FAULTS, faulty_s3
 from tests.stages.images import shard_folder
 
-STATED_RATE = 0.3  # of all GET requests; each is retried until it succeeds or the deadline passes
+STATED_RATE = 0.3  # of all requests that read; each is retried until it succeeds or the deadline passes
 VIEW = TrainView(size=32)
 
 
@@ -48,20 +49,23 @@ def test_remote_shards_are_those_of_a_local_run(remote: DatasetRef, tiny_dataset
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "ranges"])
 def test_a_failing_network_changes_no_sample(
-    remote: DatasetRef,
-    tiny_dataset: DatasetRef,
     seaweedfs: S3Server,
+    seaweedfs_root: str,
+    image_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     cached: bool,
 ) -> None:
-    undisturbed = collect(ShardDataset.open(tiny_dataset.manifest, "train"))
+    local = shard_folder(image_folder, tmp_path / "out", shard_samples=2)  # many shards are many requests
+    remote = shard_folder(image_folder, storage.join(seaweedfs_root, "shards"), shard_samples=2)  # type: ignore[arg-type]
+    undisturbed = collect(ShardDataset.open(local.manifest, "train"))
     with faulty_s3(seaweedfs.url, STATED_RATE, READ_FAULTS) as proxy:
-        proxy.methods = {"GET"}
+        proxy.methods = {"GET", "HEAD"}
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         found = collect(ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached)))
-        if not cached:
-            assert all(proxy.seen[fault] for fault in READ_FAULTS), proxy.seen
+    # Range reads ask for bytes alone; a download asks for the object's size first.
+    wanted = {(method, fault) for method in ("GET", "HEAD")[: 1 + cached] for fault in READ_FAULTS}
+    assert {hit for hit, count in proxy.hits.items() if hit[1] and count} == wanted, proxy.hits
     assert len(found) == len(undisturbed) == 10
     for left, right in zip(found, undisturbed, strict=True):
         assert torch.equal(left.sample_ids, right.sample_ids)
@@ -70,32 +74,45 @@ def test_a_failing_network_changes_no_sample(
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "ranges"])
-def test_a_dead_network_is_a_clear_error_within_the_deadline(
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [("503", "reduce your rate"), ("reset", "onnection|eset"), ("truncated", "ayload|onnection")],
+)
+def test_a_network_that_always_fails_is_a_clear_error_within_the_deadline(
     remote: DatasetRef,
     seaweedfs: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    cause: str,
     cached: bool,
 ) -> None:
     dataset = ShardDataset.open(remote.manifest, "train", cache_of(tmp_path, cached))
     monkeypatch.setenv("ITPN_STORAGE_DEADLINE_S", "2")
-    with faulty_s3(seaweedfs.url, 1.0, READ_FAULTS) as proxy:
+    with faulty_s3(seaweedfs.url, 1.0, (fault,)) as proxy:
         proxy.methods = {"GET"}
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         began = time.monotonic()
-        with pytest.raises(StorageUnavailable, match=r"s3://.*train-00000"):
-            dataset.read(np.arange(4))
+        with pytest.raises(StorageUnavailable) as error:
+            collect(dataset)
         assert time.monotonic() - began < 20
+        assert proxy.hits["GET", fault] >= 2  # it was tried again
+    verb = "download" if cached else "read"
+    assert re.fullmatch(
+        rf"cannot {verb} s3://.*/train-00000\d\.tar: gave up after \d+ s \(attempt \d+\)", error.value.message
+    )
+    assert re.search(cause, error.value.found), error.value.found
+    assert proxy.url in error.value.remedy  # where to look
 
 
 def test_a_cached_shard_is_read_without_the_network(
     remote: DatasetRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = cache_of(tmp_path, True)
-    first = ShardDataset.open(remote.manifest, "train", cache).read(np.arange(30))
+    first = list(ShardDataset.open(remote.manifest, "train", cache).read(np.arange(30)))
     dataset = ShardDataset.open(remote.manifest, "train", cache)
     storage.delete_tree(remote.manifest.rsplit("/", 3)[0])
-    assert dataset.read(np.arange(30)) == first
+    assert list(dataset.read(np.arange(30))) == first
 
 
 def test_a_rank_fetches_only_its_streams(remote: DatasetRef, tmp_path: Path) -> None:

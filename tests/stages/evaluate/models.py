@@ -71,7 +71,7 @@ def images_and_labels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All images of a split, normalised, in one batch, and their labels."""
     stored = ShardDataset.open(dataset.manifest, split)
-    samples = stored.read(np.arange(len(stored)))
+    samples = list(stored.read(np.arange(len(stored))))
     view = EvalView(size=size, crop_pct=1.0)
     pixels = torch.stack([view.render(s.bytes, np.empty(0)) for s in samples]).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in normalisation)
