@@ -73,8 +73,7 @@ def finetune(
 
       itpn finetune /weights/fast_itpn_base.pth --root s3://bucket/itpn --data s3://bucket/ILSVRC2012.tar
 
-      itpn finetune pretrain/demo/v1 --root runs/demo --recipe downstream_base --set gpus_per_worker=0 \\
-        --set finetune_workers=1 --set 'grid.resolution=[96,128]' --set 'grid.lr=[1e-3,2e-3]'
+      itpn finetune pretrain/demo/v1 --root runs/demo --set 'grid.resolution=[96,128]' --set 'grid.lr=[1e-3,2e-3]'
     """
     from pipeline.given import SHAPE, Given, about
     from pipeline.recipes._downstream import DownstreamRecipe
