@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from pydantic import Field
@@ -113,11 +114,21 @@ def starts(config: FromCheckpoints) -> dict[str, Step]:
 
 
 def from_checkpoints_requirements(
-    config: FromCheckpoints, gpus: float, address: str | None
+    config: FromCheckpoints, address: str | None
 ) -> list[preflight.Requirement]:
-    """GPUs for the largest step, the data set, and every checkpoint."""
-    setting = "finetune_workers" if isinstance(config, DownstreamRecipe) else "gpus_per_worker"
-    needs = [preflight.gpus({setting: -int(-gpus // 1)}, address)] if gpus else []
+    """GPUs for the largest step, the data set, every checkpoint, and the files of labels."""
+    ranks, needs = {"evaluate_workers": config.evaluate_workers}, []
+    if isinstance(config, DownstreamRecipe):
+        ranks["finetune_workers"] = config.finetune_workers
+        group = replace(config.worker, workers=config.finetune_workers)
+        needs.append(preflight.shares("finetune", group, config.finetune, config.finetune.data.streams))
+    # One worker cannot become fewer: what it takes of a GPU can.
+    wanted = {
+        name if count > 1 else "gpus_per_worker": math.ceil(count * config.gpus_per_worker)
+        for name, count in ranks.items()
+    }
+    if config.gpus_per_worker:
+        needs.append(preflight.gpus(wanted, address))
     needs.append(
         preflight.readable(
             "data set",

@@ -103,6 +103,7 @@ def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[p
             {
                 "gpus" if config.min_gpus is None else "min_gpus": config.min_gpus or config.gpus,
                 "finetune_gpus": config.finetune_gpus,
+                "evaluate_gpus": config.evaluate_gpus,
             },
             address,
         ),

@@ -37,5 +37,4 @@ def build(config: Recipe) -> list[Step]:
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:
     """GPUs, the data set, the checkpoint."""
-    gpus = max(config.finetune_workers, config.evaluate_workers) * config.gpus_per_worker
-    return from_checkpoints_requirements(config, gpus, address)
+    return from_checkpoints_requirements(config, address)

@@ -39,4 +39,4 @@ def build(config: Recipe) -> list[Step]:
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:
     """A GPU, the data set, the checkpoints."""
-    return from_checkpoints_requirements(config, config.evaluate_workers * config.gpus_per_worker, address)
+    return from_checkpoints_requirements(config, address)

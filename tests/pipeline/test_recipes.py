@@ -137,6 +137,25 @@ def test_preflight_names_the_setting_that_asks_for_too_many_gpus(monkeypatch: py
     assert both.endswith("--set gpus=N --set finetune_gpus=N")
     assert findings(monkeypatch, 4, gpus=4, finetune_gpus=2)["GPUs"].ok
     assert findings(monkeypatch, 4, gpus=64, min_gpus=4, finetune_gpus=4)["GPUs"].ok
+    judged = findings(monkeypatch, 4, gpus=4, finetune_gpus=4, evaluate_gpus=8)["GPUs"]
+    assert judged.remedy.endswith("ask for fewer with --set evaluate_gpus=N")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values", "remedy"),
+    [
+        ("downstream_base", {}, "--set gpus_per_worker=N --set finetune_workers=N"),
+        ("downstream_base", {"finetune_workers": 1, "gpus_per_worker": 0.5}, "--set gpus_per_worker=N"),
+        ("evaluate", {"evaluate_workers": 2}, "--set evaluate_workers=N"),
+    ],
+)
+def test_preflight_of_given_checkpoints_names_settings_that_they_have(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, values: dict, remedy: str
+) -> None:
+    module = recipes.load(recipe)
+    monkeypatch.setattr(preflight, "_local_gpus", lambda: 0)
+    found = {f.name: f for f in preflight.examine(module.requirements(module.Recipe.parse(values), None))}
+    assert found["GPUs"].remedy.endswith(f"ask for fewer with {remedy}")
 
 
 def test_preflight_refuses_numbers_of_gpus_that_cannot_share_the_batch(
