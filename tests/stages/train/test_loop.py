@@ -51,6 +51,15 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
             for z in range(4)
         },
         "fp16": {"dropout": 0, "fake_fp16": True, "nan_at": [6], "loop": loop(engine={"precision": "fp16"})},
+        **{
+            f"pieces {precision} zero{z}": {
+                "dropout": 0,
+                "fake_fp16": precision == "fp16",
+                "loop": loop(engine={"zero_stage": z, "precision": precision, "micro_batch": 1}),
+            }
+            for precision in ("bf16", "fp16")
+            for z in (1, 2, 3)
+        },
         "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
         "nan": {"nan_at": [3], "loop": loop()},
         "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
@@ -155,6 +164,13 @@ def test_zero_stage_is_really_in_effect(ran, stage):
 @pytest.mark.parametrize("stage", range(4))
 def test_bf16_follows_the_fp32_curve_within_its_precision(ran, stage):
     assert ran[1][f"bf16 zero{stage}"][0]["losses"] == pytest.approx(ran[1]["ddp"][0]["losses"], rel=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_pieces_in_16_bits_follow_the_fp32_curve_within_their_precision(ran, stage, precision):
+    found = ran[1][f"pieces {precision} zero{stage}"][0]["losses"]
+    assert found == pytest.approx(ran[1]["ddp"][0]["losses"], rel=5e-3)
 
 
 def test_fp16_overflow_lowers_the_loss_scale_and_is_no_fault(ran):
