@@ -69,7 +69,8 @@ class CheckpointConfig(Config):
     At no instant is more work uncommitted than that of `save_every_steps` steps, or `save_every_minutes`, whichever is
     less; with neither, of an epoch. Saves are made at multiples of that many steps. Where they are written in the
     `background` one is made half-way between two of those as well, and the one before is committed when it begins, if
-    need be by waiting (minutes likewise): what is lost is then never more than two halves.
+    need be by waiting (minutes likewise): what is lost is then never more than two halves. A save that is due inside a
+    row of bad steps, which change nothing, waits for the end of the row.
 
     The last `keep_last` are kept, all at multiples of `keep_every_steps`, and the `keep_best` with the lowest running
     mean of the metric `best_by`.

@@ -103,6 +103,6 @@ class Guard:
         """Take over the statistics of the checkpoint that was rolled back to.
 
         Roll-backs are counted over the whole run. The row of bad steps is over, also where the checkpoint was made
-        inside it: other data follow.
+        inside it (because the run was stopped there): other data follow.
         """
         self.load(state | {"bad_in_row": 0, "overflows": 0, "rollbacks": self.rollbacks})

@@ -74,6 +74,7 @@ class Trainer:
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)  # sample id -> (key, reason), of all ranks
     notes: list[str] = field(default_factory=list)
     _have_checkpoint: bool = False
+    _save_owed: bool = False  # one is due and not begun
     _heads: list[str] = field(default_factory=list)
     _events: list[dict[str, Any]] = field(default_factory=list)  # of the tries before
 
@@ -276,8 +277,12 @@ class Trainer:
             points.drain() if facts["failed"] else points.finish()
         every = config.save_every_steps or (None if config.save_every_minutes else self.steps_per_epoch)
         last = self.step == self.schedule.total_steps
-        if not (stop or last or facts["save"] or (every and is_due(self.step, every, config.background))):
+        due = facts["save"] or (every and is_due(self.step, every, config.background))
+        self._save_owed = bool(due) or self._save_owed
+        # Inside a row of bad steps it waits for the end: a roll-back must not come to the weights that it flees from.
+        if not (stop or last or (self._save_owed and not self.guard.bad_in_row)):
             return
+        self._save_owed = False
         points.drain()  # the one before is committed before this one begins: see CheckpointConfig
         began = time.monotonic()
         files = state.snapshot(self.engine)

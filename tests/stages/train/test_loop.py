@@ -61,7 +61,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
             for z in (1, 2, 3)
         },
         "pieces": {"dropout": 0, "loop": loop(engine={"micro_batch": 2})},
-        "nan": {"nan_at": [3], "loop": loop()},
+        "nan": {"nan_at": [3], "loop": loop(checkpoint={"save_every_steps": 4, "keep_last": 9})},
         "gradient": {"bad_gradient_at": [3], "loop": loop(engine={"zero_stage": 0})},
         **{
             f"gradient {precision} zero{z}": {
@@ -199,6 +199,11 @@ def test_bad_value_on_one_rank_is_applied_on_none(ran, name):
     assert [event["event"] for event in result["events"]] == ["step not applied"]
     steps = _lines(ran[0] / name, result)
     assert [line["applied"] for line in steps] == [True] * 3 + [False] + [True] * 4
+
+
+def test_save_that_is_due_at_a_bad_step_waits_for_a_good_one(ran):
+    saved = sorted((ran[0] / "nan" / "checkpoints").glob("*.json"))
+    assert [int(path.stem) for path in saved] == [2, 5, 6, 8]  # step 4 was bad
 
 
 def test_bad_steps_in_a_row_roll_back_and_the_run_goes_on_past_them(ran):
