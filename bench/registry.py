@@ -5,7 +5,8 @@
 The last line is one JSON object: `survey_ms_per_step` (records of a finished graph read and checked),
 `append_ms_per_row` and `read_ms_per_row` (registry on local files), and with N rows (100,000; quick: 2,000) the
 seconds of `itpn results list --limit 10`, a process of its own: `list_s` without a view, `list_synced_s` with one
-that is up to date, `list_view_s` with `--view`, and of `itpn registry sync`. Medians of several repeats.
+that is up to date, `list_view_s` with `--view`, of `itpn registry sync`, and of `results best`, `show` and `compare`
+(two single results) without a view and with one (`…_synced_s`). Medians of several repeats, of one without a view.
 """
 
 from __future__ import annotations
@@ -126,9 +127,16 @@ def listing(rows: int, repeats: int) -> dict[str, float]:
             subprocess.run(full, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
         listed = partial(itpn, "results", "list", "--limit", "10")
-        figures = {"listed_rows": rows, "list_s": median_s(listed, 1)}
+        asked = {
+            "list": listed,
+            "best": partial(itpn, "results", "best", "--metric", "top1"),
+            "show": partial(itpn, "results", "show", row.id),
+            "compare": partial(itpn, "results", "compare", "seed=1", f"seed={rows - 1}"),
+        }
+        figures = {"listed_rows": float(rows)}
+        figures |= {f"{name}_s": median_s(work, 1) for name, work in asked.items()}
         figures["sync_s"] = median_s(partial(itpn, "registry", "sync"), 1)
-        figures["list_synced_s"] = median_s(listed, repeats)
+        figures |= {f"{name}_synced_s": median_s(work, repeats) for name, work in asked.items()}
         figures["list_view_s"] = median_s(partial(listed, "--view"), repeats)
         return {name: round(value, 2) for name, value in figures.items()}
 
