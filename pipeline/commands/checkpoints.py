@@ -21,6 +21,7 @@ from pipeline.registry.evaluated import data_names, data_of
 from pipeline.registry.lineage import find, lineage, verify
 from pipeline.registry.metrics import measure, unit
 from pipeline.written import size
+from stages.config import nearest
 
 app = typer.Typer(help="Checkpoints and the aliases that point at them.", no_args_is_help=True)
 app.command("gc")(checkpoints_gc)
@@ -176,10 +177,14 @@ def checkpoints_history(alias: AliasArg, root: RootOpt = "", as_json: JsonOpt = 
     [bold]Example[/]: itpn checkpoints history production --root runs/demo
     """
     registry = Registry(root_of(root))
-    found = Aliases(registry).get(alias)
+    aliases = Aliases(registry).all()
+    found = aliases.get(alias)
     if found is None:
         raise ConfigError(
-            f"there is no alias '{alias}'", remedy=f"itpn checkpoints promote CHECKPOINT {alias}"
+            f"there is no alias '{alias}'",
+            remedy=nearest(alias, list(aliases))
+            if aliases
+            else f"itpn checkpoints promote CHECKPOINT {alias}",
         )
     if as_json:
         view.print_json({"ok": True, **found.model_dump(mode="json")})

@@ -76,7 +76,8 @@ def results_list(
         "seed": seed,
         "run": run_name,
     }
-    table = select(_table(uri, from_view), where, equal=equal, sort=sort, limit=limit)
+    everything = _table(uri, from_view)
+    table = select(everything, where, equal=equal, sort=sort, limit=limit)
     names = _columns(columns, table)
     if parquet:
         import pyarrow.parquet as pq
@@ -98,6 +99,8 @@ def results_list(
         return
     elif len(table):
         console_of(False).print(_rich_table(table.select(names)))
+    elif len(everything):
+        err.print(f"none of the {len(everything)} results under {uri} is like that", markup=False)
     else:
         err.print(f"no results under {uri}; `itpn run demo --root {root}` makes some", markup=False)
 
@@ -308,7 +311,7 @@ _WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def _table(uri: str, from_view: bool) -> pa.Table:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from cluster import storage
+from cluster.errors import ConfigError
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.commands.results import WhereOpt
+from pipeline.registry.events import RunRow
 from pipeline.registry.rows import select
+from stages.config import nearest
 
 app = typer.Typer(help="How steps ended.", no_args_is_help=True)
 
@@ -40,15 +43,18 @@ def runs_list(
     from pipeline.registry import delta
 
     uri = storage.join(root_of(root))
-    table = select(
-        delta.current(uri, "runs"), where, equal={"outcome": outcome, "run": run_name}, limit=limit
-    )
+    outcomes = list(get_args(RunRow.model_fields["outcome"].annotation))
+    if outcome is not None and outcome not in outcomes:
+        raise ConfigError(f"no step ends '{outcome}'", remedy=nearest(outcome, outcomes))
+    everything = delta.current(uri, "runs")
+    table = select(everything, where, equal={"outcome": outcome, "run": run_name}, limit=limit)
     rows = table.to_pylist()
     if as_json:
         view.print_json({"ok": True, "root": uri, "runs": rows})
         return
     if not rows:
-        err.print(f"no runs under {uri}", markup=False)
+        some = f"none of the {len(everything)} runs under {uri} is like that"
+        err.print(some if len(everything) else f"no runs under {uri}", markup=False)
         return
     shown = Table()
     for heading in ("ended", "run", "step", "outcome", "code", "seconds", "host", "why"):

@@ -142,7 +142,9 @@ class Aliases:
 
         def next_move(alias: Alias | None) -> Move:
             if alias is None:
-                raise ConfigError(f"there is no alias '{name}'", remedy=nearest(name, list(self.all())))
+                others = list(self.all())
+                remedy = nearest(name, others) if others else f"itpn checkpoints promote CHECKPOINT {name}"
+                raise ConfigError(f"there is no alias '{name}'", remedy=remedy)
             seen.append(alias.current.id)
             if seen[0] != alias.current.id:  # what was to be undone is not the newest move any more
                 raise ConfigError(

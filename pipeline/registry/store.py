@@ -138,18 +138,25 @@ class Registry:
         return result_rows(table.sort_by([(key, "ascending") for key in keys]))
 
     def _measured(self, metric: str, equal: dict[str, Any]) -> pa.Table:
-        """The rows of a metric; raises ConfigError where there is none, naming the metrics that there are."""
-        table = self.results_table(metric=metric, **equal)
+        """The rows of a metric; raises ConfigError where there is none, naming what there is."""
+        table = self.results_table(metric=metric)
         if not len(table):
             metrics = sorted(set(self.results_table()["metric"].to_pylist()))
-            if metric in metrics:
-                told = ", ".join(f"{k}={v}" for k, v in equal.items() if v is not None)
-                raise ConfigError(f"no result with metric '{metric}' and {told} under {self.root}")
             raise ConfigError(
                 f"no result with metric '{metric}' under {self.root}",
                 remedy=nearest(metric, metrics) if metrics else "run a recipe that evaluates, then ask again",
             )
-        return table
+        found = select(table, equal=equal)
+        if not len(found):
+            told = {name: str(value) for name, value in equal.items() if value is not None}
+            values = {name: sorted(map(str, set(table[name].to_pylist()))) for name in told}
+            wrong = [nearest(told[name], values[name]) for name in told if told[name] not in values[name]]
+            raise ConfigError(
+                f"no result of '{metric}' has "
+                + " and ".join(f"{name}={value}" for name, value in told.items()),
+                remedy="; ".join(wrong) or "itpn results list",
+            )
+        return found
 
     def ids(self, folder: str) -> dict[str, str]:
         """Event id -> URI of every event in a folder."""

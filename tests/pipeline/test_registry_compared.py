@@ -81,6 +81,15 @@ def test_best_refuses_different_data_and_takes_each_by_itself(registry: Registry
     assert code == 2 and OLD in answer["error"]
 
 
+def test_what_best_does_not_find_is_named(registry: Registry) -> None:
+    for arguments, told in (
+        (("--dataset", "dd"), "did you mean 'd'"), (("--metric", "topp1"), "did you mean 'top1'"),
+        (("--dataset", "e", "--split", "train"), "valid names: val"), (("--by", "inti"), "did you mean 'init'"),
+    ):  # fmt: skip
+        code, answer = itpn("results", "best", "--root", registry.root, *arguments)
+        assert code == 2 and told in answer["error"], answer
+
+
 def test_best_of_each_value_is_best_on_each_data(registry: Registry) -> None:
     _, answer = itpn("results", "best", "--root", registry.root, "--dataset", "d", "--by", "init")
     found = {(r["init"], r["evaluated_fingerprint"]): r["value"] for r in answer["best"]}

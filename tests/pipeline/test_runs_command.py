@@ -44,3 +44,6 @@ def test_empty_registry_and_wrong_field_are_told(tmp_path: Path, root: Path) -> 
     assert "no runs under" in itpn("list", "--root", str(tmp_path)).stderr
     wrong = itpn("list", "--root", str(root), "--where", "outcom=failed")
     assert wrong.exit_code == 2 and "did you mean 'outcome'" in wrong.stderr
+    unknown = itpn("list", "--root", str(root), "--outcome", "faild")
+    assert unknown.exit_code == 2 and "did you mean 'failed'" in unknown.stderr
+    assert "none of the 4 runs" in itpn("list", "--root", str(root), "--outcome", "stopped").stderr
