@@ -1,7 +1,10 @@
-"""Many jobs on a real Ray with two CPU workers: a crash and a kill cost those two jobs and nothing else."""
+"""Many jobs on a real Ray: a crash and a kill cost those two jobs and nothing else; small ones share a GPU."""
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster import storage
+from cluster.jobs import Session
 from cluster.resources import Resources, cpu_count
 from pipeline.registry import Registry
 from pipeline.runner import Runner, State, StepStatus, exit_code
@@ -77,3 +81,65 @@ def test_of_twelve_jobs_one_crashed_and_one_killed_ten_finish_and_a_rerun_does_t
     new = called(calls) - before
     assert new == {f"finetune-j{CRASHED}": 1, f"finetune-j{KILLED}": 1}
     assert len(Registry(str(root)).results(metric="top1")) == JOBS
+
+
+SHARED = 4  # jobs that one GPU has room for, at a quarter each
+
+
+def meet(config, inputs, context):
+    """Leave only when as many jobs as share the GPU have come; tell how many were there, and which GPU was given."""
+    folder, name = config.calls, context.out.split("/")[-2]
+
+    def there(what: str) -> int:
+        return len(storage.list_files(storage.join(folder, what)))
+
+    storage.write_exclusive(storage.join(folder, "came", name), b"")
+    at_once = there("came") - there("left")
+    deadline = time.monotonic() + 120
+    while there("came") < SHARED:
+        assert time.monotonic() < deadline, f"{there('came')} of {SHARED} jobs run side by side"
+        time.sleep(0.05)
+    facts = {"at_once": at_once, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    storage.write_exclusive(storage.join(folder, "told", name), json.dumps(facts).encode())
+    outcome = toys.train(config.model_copy(update={"calls": ""}), inputs, context)
+    storage.write_exclusive(storage.join(folder, "left", name), b"")
+    return outcome
+
+
+class OneGpu(Session):
+    """A real local Ray that is told of one GPU, and of CPUs for more jobs than may share it."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self._local = True
+        ray.init(
+            address="local",
+            num_cpus=2 * SHARED,
+            num_gpus=1,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_four_jobs_of_a_quarter_gpu_run_side_by_side_and_no_fifth(tmp_path: Path) -> None:
+    template = toys.replace_function(toys.chain()[0].inputs["checkpoint"], meet)
+    steps = [
+        replace(
+            template,
+            name=f"j{number}",
+            config=toys.ToyConfig(seed=number, calls=str(tmp_path / "met")),
+            resources=Resources(cpus=1, gpus=1 / SHARED),
+        )
+        for number in range(SHARED + 2)
+    ]
+    runner = Runner(str(tmp_path / "root"), "toy", steps, open_session=OneGpu)
+    assert {status.state for status in runner.run()} == {State.DONE}
+    told = [
+        json.loads(storage.read_bytes(item.uri)) for item in storage.list_files(str(tmp_path / "met/told"))
+    ]
+    assert len(told) == SHARED + 2 and {item["gpu"] for item in told} == {"0"}
+    assert max(item["at_once"] for item in told) <= SHARED
