@@ -19,6 +19,15 @@ from pipeline.commands.common import JsonOpt, RootOpt, console_of, guarded, root
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.deletions import Deletions
 from pipeline.registry.lineage import find, lineage, read_record
+from stages.evaluate.config import Acceleration
+
+
+class Setting(StrEnum):
+    OWN = "own"
+    OFF = "off"
+    MIGRATION = "migration"
+    GATHERING = "gathering"
+    BOTH = "both"
 
 
 class Format(StrEnum):
@@ -37,20 +46,30 @@ def checkpoints_export(
     img_size: Annotated[
         int | None, typer.Option(min=16, help="Side of ONNX's input image in pixels; by default the model's.")
     ] = None,
+    acceleration: Annotated[
+        Setting, typer.Option(help="Token migration and gathering, at their defaults for the input size.")
+    ] = Setting.OWN,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of tokens that migration keeps, in (0, 1].")
+    ] = None,
     root: RootOpt = "",
     as_json: JsonOpt = False,
 ) -> None:
     """Write a checkpoint into a folder, with its lineage in lineage.json; all of it or nothing.
 
-    itpn: the files as they are stored, verified. published: a torch file with the names of the published code.
-    onnx: classifier.onnx and features.onnx, compared with torch (needs the extra onnx).
+    itpn: the files as they are stored, verified (with another acceleration: the same weights, another config).
+    published: a torch file with the names of the published code. onnx: classifier.onnx and features.onnx, compared
+    with torch (needs the extra onnx).
 
     [bold]Examples[/]
 
       itpn checkpoints export production --out ./production --root runs/demo
 
       itpn checkpoints export production --out ./onnx --format onnx --format published --img-size 256 --root runs/demo
+
+      itpn checkpoints export production --out ./fast --format onnx --acceleration both --keep 0.6 --root runs/demo
     """
+    asked = Acceleration.parse({"setting": acceleration.value, "keep": keep})
     registry = Registry(root_of(root))
     row = find(registry, checkpoint)
     Deletions(registry).refuse_deleted(row.checkpoint.uri)
@@ -59,7 +78,7 @@ def checkpoints_export(
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".itpn-export-", dir=out.absolute().parent))
     try:
-        files = _write(registry, row, folder, formats, img_size)
+        files = _write(registry, row, folder, formats, img_size, asked)
         if out.exists():
             out.rmdir()
         folder.chmod(0o755)
@@ -74,18 +93,28 @@ def checkpoints_export(
 
 
 def _write(
-    registry: Registry, row: CheckpointRow, folder: Path, formats: list[Format], img_size: int | None
+    registry: Registry,
+    row: CheckpointRow,
+    folder: Path,
+    formats: list[Format],
+    img_size: int | None,
+    acceleration: Acceleration,
 ) -> list[dict[str, Any]]:
     """Everything into `folder`; returns what was written."""
     files: list[dict[str, Any]] = []
-    if Format.ITPN in formats:
+    own = acceleration.setting == "own"
+    if Format.ITPN in formats and own:
         for info in read_record(registry.root, row.step).files:
             name = "/".join(info.path.split("/")[2:])  # without attempts/<id>/
             uri = storage.join(registry.root, row.step, info.path)
             storage.download_file(uri, folder / name, sha256=info.sha256, bytes=info.bytes)
             files.append(_fact(folder, name, "itpn"))
-    others: list[Any] = [name.value for name in (Format.PUBLISHED, Format.ONNX) if name in formats]
+    others: list[Any] = [
+        name.value for name in Format if name in formats and not (own and name is Format.ITPN)
+    ]
     if others:
+        from stages.evaluate.setting import configure
+        from stages.model import BackboneConfig
         from stages.model.export import export
 
         uri = row.checkpoint.uri
@@ -94,7 +123,14 @@ def _write(
             storage.download_file(uri, local, sha256=row.checkpoint.sha256, bytes=row.checkpoint.bytes)
             config = storage.join(uri.rpartition("/")[0], "config.json")
             storage.download_file(config, local.parent / "config.json")
-            for done in export(str(local), folder, formats=others, img_size=img_size):
+            changes: dict[str, Any] = {}
+            if not own:
+                backbone = BackboneConfig.parse(
+                    storage.read_json(str(local.parent / "config.json"))["backbone"]
+                )
+                chosen = configure(backbone, acceleration, img_size or backbone.img_size)
+                changes = {"migration": chosen.migration or "off", "gathering": chosen.gathering or "off"}
+            for done in export(str(local), folder, formats=others, img_size=img_size, **changes):
                 fact = _fact(folder, done.path.relative_to(folder).as_posix(), done.format)
                 files.append(fact | {"outputs": list(done.outputs), "deviation": done.error})
     (folder / "lineage.json").write_bytes(storage.canonical_json(lineage(registry.root, row.step)))

@@ -46,8 +46,8 @@ def export(
     *,
     formats: Sequence[Format] = FORMATS,
     img_size: int | None = None,
-    migration: MigrationConfig | None = None,
-    gathering: GatheringConfig | None = None,
+    migration: MigrationConfig | Literal["off"] | None = None,
+    gathering: GatheringConfig | Literal["off"] | None = None,
 ) -> list[Exported]:
     """Write the model at `uri` into `out_dir` and return what was written.
 
@@ -58,8 +58,8 @@ def export(
 
     Args:
         img_size: side of the square input of the ONNX files in pixels; None takes the model's own.
-        migration: token migration of what is written, in place of the model's own.
-        gathering: token gathering of what is written, in place of the model's own.
+        migration: token migration of what is written, or none ("off"), in place of the model's own.
+        gathering: token gathering of what is written, or none ("off"), in place of the model's own.
 
     Raises:
         ConfigError: an unknown format, a size that is no multiple of 16, or the extra is not installed.
@@ -71,8 +71,10 @@ def export(
         _need_onnx()
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    model = load(uri, migration=migration, gathering=gathering)
+    # Only what is asked for is loaded: a window may fit the size of the ONNX files and not the model's own.
     written: list[Exported] = []
+    if set(formats) - {"onnx"}:
+        model = load(uri, migration=migration, gathering=gathering)
     if "itpn" in formats:
         save_model(out_dir, model.state_dict(), describe(model))
         written += [Exported(out_dir / name, "itpn") for name in ("model.safetensors", "config.json")]
@@ -86,8 +88,10 @@ def export(
         torch.save(content, out_dir / "published.pth")
         written.append(Exported(out_dir / "published.pth", "published"))
     if "onnx" in formats:
-        size = img_size or cast(BackboneConfig, model.config).img_size
-        check_input_size(size, size)
+        if img_size is not None:
+            check_input_size(img_size, img_size)
+        model = load(uri, img_size=img_size, migration=migration, gathering=gathering)
+        size = cast(BackboneConfig, model.config).img_size
         if hasattr(model, "head"):
             written.append(_onnx(_Logits(model), ("logits",), out_dir / "classifier.onnx", size))
         names = tuple(name for name in _MAPS if name in model.forward_features(torch.zeros(1, 3, size, size)))  # type: ignore[operator]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -97,8 +97,9 @@ def load(
     *,
     sha256: str | None = None,
     ema: bool = False,
-    migration: MigrationConfig | None = None,
-    gathering: GatheringConfig | None = None,
+    img_size: int | None = None,
+    migration: MigrationConfig | Literal["off"] | None = None,
+    gathering: GatheringConfig | Literal["off"] | None = None,
 ) -> nn.Module:
     """A model in evaluation mode; its `forward_features(image)` returns named levels, `load_report` what was loaded.
 
@@ -107,9 +108,10 @@ def load(
             `.bin`, `.safetensors`), whose architecture is read off its shapes.
         sha256: refuse any other weights file.
         ema: take the averaged weights of a published checkpoint.
-        migration: token migration in place of the model's own setting.
-        gathering: token gathering in place of the model's own setting. Gathering tokens that the weights lack are
-            zero: each then begins as the mean of its share of the tokens.
+        img_size: side of the input (pixels) that position tables are resized for; None keeps the model's own.
+        migration: token migration, or none ("off"), in place of the model's own setting.
+        gathering: token gathering, or none ("off"), in place of the model's own setting. Gathering tokens that the
+            weights lack are zero: each then begins as the mean of its share of the tokens.
 
     `accelerated(model.config)` has the documented defaults of both for an input size.
 
@@ -122,9 +124,14 @@ def load(
     with local_copy(weights, sha256=sha256) as path:
         state, config = read_described(weights, path, ema=ema)
     config = config or infer_config(state)
-    changes = {"migration": migration, "gathering": gathering}
-    changed = {name: value.model_dump() for name, value in changes.items() if value is not None}
-    model: Any = build(config | {"backbone": config["backbone"] | changed})
+    asked = {"migration": migration, "gathering": gathering}
+    changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    for name, value in asked.items():
+        if value is not None:
+            changes[name] = None if value == "off" else value.model_dump()
+    model: Any = build(config | {"backbone": config["backbone"] | changes})
+    if gathering == "off":
+        state = {name: value for name, value in state.items() if published_name(name) != "gather_embed"}
     # Without gathering tokens of its own, a model is given untrained ones only where it is asked to gather.
     model.load_report = report = load_into(model, state, allow_missing=("gather_embed",) if gathering else ())
     zero_untrained(model, report)

@@ -21,7 +21,7 @@ from pipeline.runner import Runner
 from pipeline.step import Step
 from stages.artifacts import CheckpointRef, FileInfo, Outcome
 from stages.context import StageContext
-from stages.model import BackboneConfig, Classifier, load, save_model
+from stages.model import BackboneConfig, Classifier, accelerated, load, save_model
 from tests.pipeline import toys
 
 
@@ -79,6 +79,51 @@ def test_published_layout_comes_back_as_the_same_model(root: str, tmp_path: Path
     original = load(find(Registry(root), "finetune/m/v1").checkpoint.uri)
     with torch.no_grad():
         assert torch.equal(load(str(out / "published.pth"))(image), original(image))
+
+
+def test_an_export_may_be_accelerated(root: str, tmp_path: Path) -> None:
+    def export(name: str, *more: str) -> dict:
+        arguments = ["finetune/m/v1", "--out", str(tmp_path / name), "--root", root, *more]
+        return itpn("checkpoints", "export", *arguments)
+
+    found = export(
+        "both", "--format", "itpn", "--format", "published", "--acceleration", "both", "--keep", "0.25"
+    )
+    assert found["code"] == 0, found
+    image, weights = torch.randn(1, 3, 64, 64), find(Registry(root), "finetune/m/v1").checkpoint.uri
+    for name in ("model.safetensors", "published.pth"):
+        model = load(str(tmp_path / "both" / name))
+        assert model.config.migration.keep == 0.25 and model.config.gathering.window == 4
+        assert model.forward_features(image)["migrated"].sum() == 12
+    again = load(weights).state_dict()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in again.items())
+    assert export("off", "--acceleration", "off")["code"] == 0
+    assert load(str(tmp_path / "off")).config == load(weights).config
+    assert "keep is the share that migration keeps" in export("no", "--keep", "0.5")["error"]
+    assert "less than or equal to 1" in export("no", "--acceleration", "both", "--keep", "2")["error"]
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="the extra onnx is not installed")
+def test_an_accelerated_onnx_file_of_another_size_agrees_with_torch(root: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    arguments = ["--format", "onnx", "--img-size", "96", "--acceleration", "both", "--root", root]
+    found = itpn("checkpoints", "export", "finetune/m/v1", "--out", str(tmp_path / "out"), *arguments)
+    assert found["code"] == 0, found
+    assert all(f["deviation"] < 1e-3 for f in found["files"] if f["name"].endswith(".onnx"))
+    checkpoint = find(Registry(root), "finetune/m/v1").checkpoint.uri
+    both = accelerated(load(checkpoint).config, 96)
+    model = load(checkpoint, img_size=96, migration=both.migration, gathering=both.gathering)
+    image = torch.randn(2, 3, 96, 96)
+    session = onnxruntime.InferenceSession(tmp_path / "out/classifier.onnx")
+    with torch.no_grad():
+        expected = model(image)
+    torch.testing.assert_close(
+        torch.from_numpy(session.run(None, {"image": image.numpy()})[0]), expected, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_damaged_weights_are_not_exported_and_nothing_is_left(root: str, tmp_path: Path) -> None:

@@ -369,6 +369,22 @@ def test_accelerations_can_be_switched_on_for_trained_weights(tmp_path, make):
         load(str(tmp_path), gathering=GatheringConfig(window=5))
 
 
+@torch.no_grad()
+def test_accelerations_can_be_switched_off_and_the_input_be_another(tmp_path):
+    both = {"migration": MigrationConfig(after_block=1), "gathering": GatheringConfig(window=2, tokens=3)}
+    model = pretrain(**both).eval()
+    save_model(tmp_path, model.state_dict(), model.describe())
+    plain = load(str(tmp_path), img_size=96, migration="off", gathering="off")
+    assert (plain.config.migration, plain.config.gathering, plain.config.img_size) == (None, None, 96)
+    expected = pretrain().eval()
+    state = {name: value for name, value in model.state_dict().items() if "gather_embed" not in name}
+    expected.load_state_dict(state)
+    image = torch.randn(1, 3, 96, 96)
+    found = plain.forward_features(image)
+    for name, value in expected.forward_features(image).items():
+        torch.testing.assert_close(found[name], value)
+
+
 def test_weights_without_their_own_gathering_tokens_are_refused(tmp_path):
     model = Classifier(config(gathering=GatheringConfig(window=2, tokens=3)), 5)
     state = {name: value for name, value in model.state_dict().items() if name != "gather_embed"}
