@@ -137,7 +137,21 @@ def _probe_png(data: bytes) -> Header:
     width, height = struct.unpack(">II", data[16:24])
     if not width or not height:
         raise BadImage("PNG of no pixels")
-    return Header("png", height, width, 1, False)
+    orientation = _png_orientation(data)
+    if orientation >= 5:
+        height, width = width, height
+    return Header("png", height, width, orientation, False)
+
+
+def _png_orientation(data: bytes) -> int:
+    """EXIF orientation of a PNG, from its eXIf chunk (PNG 3rd edition, 11.3.4.5), which may be behind the pixels."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        if kind == b"eXIf":
+            return _tiff_orientation(data[position + 8 : position + 8 + length])
+        position += 12 + length
+    return 1
 
 
 def _exif_orientation(data: bytes) -> int:

@@ -19,7 +19,7 @@ from cluster.errors import DataInvalid
 
 _IMAGES, _LABELS = ("image", "img"), ("label", "labels")
 MAX_LABEL = 999_999  # the list of classes reaches to the largest label; ImageNet-21K has 21,841
-_BATCH_ROWS = 16  # decoded at once: 2 MB of ImageNet
+_BATCH_BYTES, _BATCH_ROWS = 2 << 20, 16  # of images decoded at once: what ImageNet's 110 KB amount to
 
 
 def list_rows(uri: str, name: str) -> tuple[list[str], array, array, array, array, list[str] | None]:
@@ -72,10 +72,14 @@ def read_rows(uri: str, wanted: np.ndarray) -> Iterator[tuple[int, bytes | None]
         nested = pa.types.is_struct(file.schema_arrow.field(image).type)
         begin = at = 0
         for group in range(file.metadata.num_row_groups):
-            end = begin + file.metadata.row_group(group).num_rows
+            facts = file.metadata.row_group(group)
+            end = begin + facts.num_rows
             if at < len(ordered) and ordered[at] < end:
                 column = f"{image}.bytes" if nested else image
-                for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[column]):
+                fit = _BATCH_BYTES * facts.num_rows // max(_image_bytes(facts, image), 1)
+                for batch in file.iter_batches(
+                    max(1, min(fit, _BATCH_ROWS)), row_groups=[group], columns=[column]
+                ):
                     values = batch.column(0).field("bytes") if nested else batch.column(0)
                     while at < len(ordered) and ordered[at] < begin + len(values):
                         yield int(order[at]), values[int(ordered[at]) - begin].as_py()

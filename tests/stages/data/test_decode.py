@@ -85,11 +85,14 @@ def test_transparent_pixels_lie_over_white() -> None:
     assert (decode(buffer.getvalue(), probe(buffer.getvalue())) == 255).all()
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_everywhere(orientation: int) -> None:
+def test_exif_orientation_is_applied_everywhere(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = jpeg(picture(3), exif=exif.tobytes())
+    buffer = io.BytesIO()
+    picture(3).save(buffer, kind, exif=exif.tobytes())
+    data = buffer.getvalue()
     upright = np.asarray(pillow(data))
     header = probe(data)
     assert (header.height, header.width) == upright.shape[:2]
@@ -253,6 +256,22 @@ def test_without_region_decoding_the_view_is_the_same(
     monkeypatch.setattr(region, "_codec", lambda: None)
     for data, row, expected in zip(clipart, draws, with_regions, strict=True):
         assert np.array_equal(view.render(data, row), expected)
+
+
+def test_an_orientation_behind_a_pngs_pixels_is_applied_and_a_broken_one_ignored() -> None:
+    buffer = io.BytesIO()
+    picture(1, height=40, width=60).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    for tiff, upright in (
+        (b"II*\0" + struct.pack("<IHHHIII", 8, 1, 0x0112, 3, 1, 8, 0), 8),
+        (b"II*\0\xff", 1),
+    ):
+        body = b"eXIf" + tiff
+        chunk = struct.pack(">I", len(tiff)) + body + struct.pack(">I", zlib.crc32(body))
+        data = whole[:-12] + chunk + whole[-12:]  # before IEND
+        header = probe(data)
+        assert header.orientation == upright
+        assert decode(data, header).shape == ((60, 40, 3) if upright == 8 else (40, 60, 3))
 
 
 def test_an_orientation_written_as_long_is_applied() -> None:
