@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster import storage
-from cluster.errors import PreflightError, StorageUnavailable
+from cluster.errors import DataInvalid, PreflightError, StorageUnavailable
 from cluster.lease import Lease
 from pipeline.registry.rows import SCHEMAS, Rows
 from pipeline.registry.store import Registry
@@ -32,7 +32,8 @@ TRIES = 6
 def sync(root: str, *, rebuild: bool = False) -> dict[str, int]:
     """Bring the view up to date; returns how many rows each table got. Events are never changed.
 
-    Raises PreflightError without deltalake, LeaseHeld while another sync runs for longer than a minute.
+    Raises PreflightError without deltalake, LeaseHeld while another sync runs for longer than a minute, DataInvalid for
+    a view that cannot be read; `rebuild` makes a new one in its place.
     """
     deltalake = _deltalake()
     registry = Registry(root)
@@ -42,13 +43,22 @@ def sync(root: str, *, rebuild: bool = False) -> dict[str, int]:
         for folder, schema in SCHEMAS.items():
             uri = table_uri(root, folder)
             options = _options(uri)
-            table = deltalake.DeltaTable.create(
-                uri, schema=schema, mode="ignore", name=folder, storage_options=options
-            )
-            # A table with the columns of another version is written anew; it is only a view.
-            anew = rebuild or _columns(table) != schema.names
+            try:
+                table = _create(deltalake, uri, folder, options)
+                # A table with the columns of another version is written anew; it is only a view.
+                anew = rebuild or _columns(table) != schema.names
+                known = set() if anew else set(_arrow(table, ["id"])["id"].to_pylist())
+            except Exception as error:
+                if not rebuild:
+                    raise DataInvalid(
+                        f"the view {uri} cannot be read",
+                        found=str(error).splitlines()[0],
+                        remedy=f"itpn registry sync --rebuild --root {root}",
+                    ) from error
+                storage.delete_tree(uri)
+                _create(deltalake, uri, folder, options)
+                anew, known = True, set()
             events = registry.ids(folder)
-            known = set() if anew else set(_arrow(table, ["id"])["id"].to_pylist())
             fresh = [event_uri for id_, event_uri in events.items() if id_ not in known]
             rows = Rows(registry.read(folder, fresh), folder).to_arrow()
             rows = rows.sort_by([("created_at", "ascending"), ("step", "ascending"), ("id", "ascending")])
@@ -88,7 +98,7 @@ def current(root: str, folder: str) -> pa.Table:
         except PreflightError as error:  # deltalake is not installed, or another version made the view
             log.info("the view is not used: %s", error.message)
         except Exception as error:  # only a view: whatever ails it, the events are there
-            log.warning("the view of %s is not used, `itpn registry sync` mends it: %s", folder, error)
+            log.warning("the view of %s is not used, `registry sync --rebuild` mends it: %s", folder, error)
     events = registry.ids(folder)
     view = view.filter(pc.is_in(view["id"], pa.array(events, pa.string())))  # the events are the truth
     known = set(view["id"].to_pylist())
@@ -99,6 +109,13 @@ def current(root: str, folder: str) -> pa.Table:
 def table_uri(root: str, folder: str) -> str:
     """Where a table of the view lies."""
     return storage.join(root, "registry", "delta", folder)
+
+
+def _create(deltalake: Any, uri: str, folder: str, options: dict[str, str]) -> Any:
+    """The table; made, empty, where there is none."""
+    return deltalake.DeltaTable.create(
+        uri, schema=SCHEMAS[folder], mode="ignore", name=folder, storage_options=options
+    )
 
 
 def _arrow(table: Any, columns: list[str] | None = None) -> pa.Table:

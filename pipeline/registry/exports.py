@@ -152,7 +152,8 @@ def _mlflow_run(client: Any, registry: Registry, step: str, members: list[Result
     facts = first.model_dump(mode="json")
     names = ("step", "checkpoint", "checkpoint_sha256", "data_fingerprint", "code_version", "init", "seed")
     tags = {f"itpn.{name}": str(facts[name]) for name in names}
-    tags |= {"itpn.key": key, "itpn.root": registry.root}
+    evaluated = next((r.evaluated_fingerprint for r in members if r.evaluated_fingerprint), "")
+    tags |= {"itpn.key": key, "itpn.root": registry.root, "itpn.evaluated_fingerprint": evaluated}
     return client.create_run(id_, start_time=_milliseconds(first), tags=tags, run_name=step)
 
 

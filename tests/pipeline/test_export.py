@@ -259,5 +259,6 @@ def test_mlflow_has_each_result_once_also_after_an_export_that_was_cut(
     assert first.data.metrics == {"toy/val/top1": 3.0, "toy/val/loss": -3.0}
     assert len(client.get_metric_history(first.info.run_id, "toy/val/top1")) == 1
     assert first.data.params["train.value"] == "3.0" and first.data.tags["itpn.init"] == "pretrained"
+    assert first.data.tags["itpn.evaluated_fingerprint"] == "e" * 64
     refused = itpn("results", "export", "--mlflow", "nonsense://x", "--root", evaluated)
     assert refused["code"] == 2 and "sqlite:///FILE" in refused["error"]

@@ -18,7 +18,7 @@ from pipeline.commands.table import gather
 from pipeline.registry import Registry, ResultRow
 from pipeline.registry.aliases import Aliases, RuleRefused
 from pipeline.registry.compare import compare
-from pipeline.registry.delta import sync, table_uri
+from pipeline.registry.delta import read, sync, table_uri
 from pipeline.registry.lineage import find
 from pipeline.registry.metrics import METRICS, direction
 from pipeline.registry.retention import KeepRule, Retention, judge
@@ -231,14 +231,18 @@ def test_answers_are_the_same_with_a_view_without_one_and_with_an_old_one(regist
     for file in storage.list_files(table_uri(registry.root, "results")):
         storage.overwrite(file.uri, b"broken")
     assert answers() == later, "a broken view is not used"
+    code, told = itpn("registry", "sync", "--root", registry.root)
+    assert code == 5 and "--rebuild" in told["error"]
+    assert itpn("registry", "sync", "--rebuild", "--root", registry.root)[1]["added"]["results"] == 8
+    assert answers() == later and read(registry.root, "results").num_rows == 8
 
 
 def test_what_the_view_has_is_not_read_again(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     sync(registry.root)
     registry.append([("results", row(8, 11.0, "3" * 64, dataset="e"))])
-    read: list[str] = []
+    asked: list[str] = []
     real = storage.read_json
-    monkeypatch.setattr(storage, "read_json", lambda uri: read.append(uri) or real(uri))
+    monkeypatch.setattr(storage, "read_json", lambda uri: asked.append(uri) or real(uri))
     assert registry.best("top1", dataset="e").value == 11.0
     compare(registry, ["seed=1", "seed=8"])
-    assert len({uri for uri in read if "/registry/results/" in uri}) == 1
+    assert len({uri for uri in asked if "/registry/results/" in uri}) == 1
