@@ -13,7 +13,7 @@ from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
 from pipeline.commands.export import checkpoints_export
 from pipeline.commands.gc import checkpoints_gc
-from pipeline.commands.results import print_lineage
+from pipeline.commands.lineage import print_lineage
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.aliases import Alias, Aliases
 from pipeline.registry.deletions import Deletion, Deletions

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from textwrap import wrap
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -18,14 +16,13 @@ from cluster import storage
 from cluster.errors import ConfigError
 from pipeline import view
 from pipeline.commands.common import JsonOpt, RootOpt, console_of, err, guarded, root_of
+from pipeline.commands.compare import results_compare
+from pipeline.commands.lineage import print_lineage
 from pipeline.registry import Registry, Rows
-from pipeline.registry import compare as comparing
-from pipeline.registry.compare import leaves_of
 from pipeline.registry.lineage import lineage
 from pipeline.registry.metrics import METRICS, measure, way
 from pipeline.registry.metrics import unit as unit_of
 from pipeline.registry.rows import result_rows, select
-from pipeline.written import duration, size
 from stages.config import nearest
 
 app = typer.Typer(help="Results in the registry.", no_args_is_help=True)
@@ -186,51 +183,7 @@ def results_best(
         console_of(False).print(view.rows_table(rows))
 
 
-@app.command("compare")
-@guarded
-def results_compare(
-    groups: Annotated[
-        list[str],
-        typer.Argument(
-            help="Two or more: an alias, a run, a step, a checkpoint's sha256, or FIELD=VALUE,FIELD=VALUE."
-        ),
-    ],
-    root: RootOpt = "",
-    as_json: JsonOpt = False,
-) -> None:
-    """Groups of results side by side: differences, the spread over seeds, configs, data.
-
-    [bold]Example[/]: itpn results compare init=scratch init=pretrained --root runs/demo
-    """
-    if len(groups) < 2:
-        raise ConfigError("compare needs two groups or more", found=f"only '{groups[0]}'")
-    registry = Registry(root_of(root))
-    found = comparing.compare(registry, groups)
-    if as_json:
-        view.print_json({"ok": True, "root": registry.root, **found})
-        return
-    table = Table()
-    for heading in ("data", "metric", *groups):
-        table.add_column(Text(heading), justify="left" if heading in ("data", "metric") else "right")
-    for line in found["metrics"]:
-        cells = [Text(_cell(fact, line["metric"])) for fact in line["groups"]]
-        unit = f" ({unit_of(line['metric'])})" if unit_of(line["metric"]) else ""
-        table.add_row(Text(line["data"]), Text(f"{line['metric']}{unit} {line['variant']}".rstrip()), *cells)
-    console = console_of(False)
-    console.print(table)
-    for name in found["evaluated_differ"]:
-        text = (
-            f"evaluated data differ: not everything was measured on the same {name}, so it has several lines"
-        )
-        console.print(Text(text), soft_wrap=True)
-    same = all(data == found["data"][0] for data in found["data"])
-    console.print("training data: the same" if same else "training data differ:")
-    for name, fingerprints in zip(groups, found["data"], strict=True):
-        if not same:
-            console.print(Text(f"  {name}: {', '.join(f[:12] for f in fingerprints)}"))
-    console.print("config: no differences" if not found["config"] else "config differs:")
-    for line in found["config"]:
-        console.print(Text(f"  {line['field']}: " + "  |  ".join(map(str, line["values"]))), soft_wrap=True)
+app.command("compare")(results_compare)
 
 
 @app.command("export")
@@ -274,46 +227,6 @@ def results_export(
         view.print_json({"ok": True, "root": registry.root, "results": len(rows), "new": found})
 
 
-def print_lineage(console: Console, node: dict[str, Any], role: str = "", depth: int = 0) -> None:
-    """The tree of `lineage`: each step with what it made, its size, metrics and config, then its inputs."""
-    pad = "  " * depth
-    name = f"{role + ': ' if role else ''}{node['step']}"
-    if node.get("missing"):
-        console.print(Text(f"{pad}{name}  (its record is gone)"))
-        return
-    head = f"{pad}{name}  {node['finished_at'][:19]}  {duration(node['wall_s'])}  code {node['code_version']}"
-    console.print(Text(head), soft_wrap=True)
-    for key in ("checkpoint", "dataset"):
-        if facts := node.get(key):
-            uri = facts.get("uri") or facts["manifest"]
-            bytes_ = f"  {size(facts['bytes'])}" if "bytes" in facts else ""
-            console.print(Text(f"{pad}    {uri}{bytes_}  sha256 {facts['sha256'][:16]}"), soft_wrap=True)
-            if facts.get("teacher_sha256"):
-                console.print(Text(f"{pad}    teacher sha256 {facts['teacher_sha256'][:16]}"))
-            if facts.get("fingerprint"):
-                console.print(Text(f"{pad}    content {facts['fingerprint'][:16]}, splits {facts['splits']}"))
-    metrics = [
-        f"{name} {measure(value, name)} {unit_of(name)}".rstrip() for name, value in node["metrics"].items()
-    ]
-    config = [f"{path}={_short(value)}" for path, value in sorted(leaves_of(node["config"]).items())]
-    for what, told in (("metrics", metrics), ("config", config)):
-        if told:
-            first, rest = f"{pad}    {what}: ", pad + " " * 8
-            for line in wrap(
-                ", ".join(told), console.width, initial_indent=first, subsequent_indent=rest, **_WRAP
-            ):
-                console.print(Text(line), soft_wrap=True)
-    for name, needed in node["inputs"].items():
-        print_lineage(console, needed, name, depth + 1)
-
-
-_WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-
-
-def _short(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
 def _table(uri: str, from_view: bool) -> pa.Table:
     from pipeline.registry import delta
 
@@ -344,20 +257,6 @@ def _text(name: str, value: Any) -> str:
     if name in ("id", "checkpoint_sha256"):
         return value[:10]
     return value[:19] if name == "created_at" else f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def _cell(fact: dict[str, Any], metric: str) -> str:
-    if fact["mean"] is None:
-        return "–"
-    factor = METRICS[metric].factor if metric in METRICS else 1.0
-    text = f"{fact['mean'] * factor:.4g}" + (
-        f" ± {fact['std'] * factor:.2g} ({fact['rows']})" if fact["std"] is not None else ""
-    )
-    if fact.get("delta") is not None:
-        judged = {True: " better", False: " worse", None: ""}[fact["better"]]
-        sure = {True: "", False: " within the spread", None: ", spread unknown"}[fact["clear"]]
-        text += f"  [{fact['delta'] * factor:+.4g}{judged if fact['clear'] is not False else ''}{sure}]"
-    return text
 
 
 def _with_unit(metric: str, value: float) -> str:
