@@ -22,6 +22,7 @@ from pipeline.registry.deletions import Deletions
 from pipeline.registry.lineage import read_record
 
 THREADS = 16
+MANY = 1000
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,14 @@ class Reader:
 
     def _read(self, folder: str, uris: list[str]) -> list[Any]:
         new = [uri for uri in uris if uri not in self._events]
+        if (
+            folder == "results" and len(new) > MANY
+        ):  # a view, where there is one, is far quicker than so many events
+            by_uri = {
+                storage.join(self.registry.uri, folder, f"{r.id}.json"): r for r in self.registry.results()
+            }
+            self._events |= {uri: by_uri[uri] for uri in new if uri in by_uri}
+            new = [uri for uri in new if uri not in by_uri]
         self._events |= zip(new, self.registry.read(folder, new), strict=True)
         return [self._events[uri] for uri in uris]
 

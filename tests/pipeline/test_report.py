@@ -212,6 +212,26 @@ def test_many_results_make_a_short_page_and_a_whole_csv(count: int, tmp_path: Pa
         assert len(list(csv.DictReader(file))) == count
 
 
+def test_many_results_are_read_from_the_view_and_new_ones_from_their_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.registry import delta
+
+    root = reported.many(str(tmp_path / "root"), 1200)
+    plain = Reader(root).snapshot()
+    delta.sync(root)
+    Registry(root).append([("results", row("top1", 1.0, step="evaluate/late/v1"))])
+    asked: list[str] = []
+    real = storage.read_json
+    monkeypatch.setattr(storage, "read_json", lambda uri: asked.append(uri) or real(uri))
+    reader = Reader(root)
+    results = reader.snapshot().results
+    assert [r for r in results if r.step != "evaluate/late/v1"] == plain.results and len(results) == 1201
+    assert len(asked) < 10
+    asked.clear()
+    assert reader.snapshot().results == results and len(asked) < 10
+
+
 def test_a_new_report_replaces_the_old_one_and_nothing_else(root: str, tmp_path: Path) -> None:
     out = tmp_path / "report"
     build(root, out)
