@@ -152,10 +152,13 @@ def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None
         "finetune.global_batch=8", "finetune.data.streams=2", "finetune.engine.micro_batch=null",
         "finetune.engine.precision=fp32", "finetune.engine.compile=false", "finetune.data.loader_workers=0",
         "finetune.checkpoint.save_every_steps=2", "finetune.schedule.warmup_steps=1",
+        "evaluate.data.loader_workers=0", "probe.data.loader_workers=0",
+        'evaluate.evaluators=[{"kind":"classification"},{"kind":"speed","batch_sizes":[1],"iterations":2}]',
     )  # fmt: skip
     first = itpn("finetune", uri, "--root", root, "--data", str(images), *flags)
     tuned = [s["step"] for s in first["steps"] if s["step"].startswith("finetune")]
-    assert len(tuned) == 2 and {r["metric"] for r in first["results"]} >= {"top1", "loss"}
+    metrics = {r["metric"] for r in first["results"]}
+    assert len(tuned) == 2 and metrics >= {"top1", "loss", "ece", "knn_top1", "linear_top1", "images_per_s"}
     record = storage.read_json(storage.join(root, tuned[1], "record.json"))
     assert record["notes"][0] == "resized to 96 px: backbone.pos_embed"
     assert record["artifact"]["init"] == "pretrained"

@@ -30,7 +30,7 @@ PLACES = {
     "pipeline/recipes/_other_sets.py": [*GIVEN, *TRAINED],
     "pipeline/recipes/_jobs.py": [*GIVEN[:-1], *TRAINED],
     "pipeline/recipes/_imagenet.py": TRAINED,
-    "docs/evaluation.md": ["evaluate"],
+    "docs/evaluation.md": ["downstream_base"],
     **{f"pipeline/recipes/{name}.py": [name] for name in (*GIVEN, *TRAINED)},
 }
 
