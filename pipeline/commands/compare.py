@@ -69,7 +69,9 @@ def _cell(fact: dict[str, Any], metric: str) -> str:
     text = f"{fact['mean'] * factor:.4g}" + (
         f" ± {fact['std'] * factor:.2g} ({fact['rows']})" if fact["std"] is not None else ""
     )
-    if fact.get("delta") is not None:
+    if fact.get("delta") == 0:
+        text += "  [equal]"
+    elif fact.get("delta") is not None:
         judged = {True: " better", False: " worse", None: ""}[fact["better"]]
         sure = {True: "", False: " within the spread", None: ", spread unknown"}[fact["clear"]]
         text += f"  [{fact['delta'] * factor:+.4g}{judged if fact['clear'] is not False else ''}{sure}]"

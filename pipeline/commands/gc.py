@@ -53,6 +53,9 @@ def checkpoints_gc(
         totals = {"bytes": sum(g.bytes for g in going), "objects": sum(len(g.uris) for g in going)}
         view.print_json({"ok": True, "root": registry.root, "applied": apply, **totals, "groups": found})
     console = console_of(as_json)
+    if not groups:
+        console.print(f"nothing lies under {registry.root}", markup=False, soft_wrap=True)
+        return
     console.print(_table(groups, "deleted" if apply else "would go"))
     console.print(_totals(going, "deleted" if apply else "would go"))
     if going and not apply:

@@ -41,6 +41,12 @@ def group(registry: Registry, table: pa.Table, name: str) -> pa.Table:
         found = table.filter(pc.or_(pc.or_(*exact), pc.equal(table["checkpoint_sha256"], sha256)))
         if not len(found) and len(name) >= 6:
             found = table.filter(pc.starts_with(table["checkpoint_sha256"], name))
+    if not len(found) and "=" in name:
+        values = {key: sorted(map(str, set(table[key].to_pylist()))) for key, _ in pairs}
+        wrong = [_few(value, values[key]) for key, value in pairs if value not in values[key]]
+        raise ConfigError(
+            f"no result has {' and '.join(name.split(','))}", remedy="; ".join(wrong) or "itpn results list"
+        )
     if not len(found):
         known = {*table["step"].unique().to_pylist(), *table["run"].unique().to_pylist()}
         raise ConfigError(

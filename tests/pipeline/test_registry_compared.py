@@ -110,6 +110,8 @@ def test_compare_gives_different_data_lines_of_their_own(registry: Registry) -> 
     assert all(line["groups"][1]["delta"] is None for line in found["metrics"])
     shown = CliRunner().invoke(app, ["results", "compare", *names, "--root", registry.root]).stdout
     assert "evaluated data differ" in shown
+    with pytest.raises(ConfigError, match=r"no result has init=scrach(.|\n)*did you mean 'scratch'"):
+        compare(registry, ["seed=1", "init=scrach,dataset=d"])
     same = compare(registry, ["seed=1", "seed=2"])
     assert same["evaluated_differ"] == [] and same["metrics"][0]["data"] == "d/val"
     assert same["metrics"][0]["groups"][1]["delta"] == -10.0
