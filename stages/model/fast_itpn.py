@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.model.acceleration import WindowOrder, Windows, attend, run_main_stage
+from stages.model.acceleration import run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.cpu_inference import Linear, in_pieces
 from stages.model.layers import (
@@ -27,6 +27,7 @@ from stages.model.layers import (
     resize_grid,
     run_block,
 )
+from stages.model.windows import WindowOrder, Windows, attend
 
 
 class Stem(nn.Module):

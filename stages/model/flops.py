@@ -10,9 +10,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.model.acceleration import Windows, kept, window_order
 from stages.model.config import BackboneConfig, ObjectiveConfig, check_input_size
 from stages.model.teacher import Teacher
+from stages.model.windows import Windows, kept, window_order
 
 
 @dataclass(frozen=True)

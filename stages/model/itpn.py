@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stages.model.acceleration import WindowOrder, Windows, attend, position_codes, run_main_stage
+from stages.model.acceleration import position_codes, run_main_stage
 from stages.model.config import BackboneConfig, check_input_size
 from stages.model.cpu_inference import Linear, in_pieces
 from stages.model.layers import StemConv, add_residual, drop_path_rates, init_weights, resize_grid, run_block
 from stages.model.pyramid import Mlp
+from stages.model.windows import WindowOrder, Windows, attend
 
 
 class Stem(nn.Module):

@@ -14,19 +14,17 @@ from stages.model import (
     ObjectiveConfig,
     backbone_config,
     build_backbone,
+    windows,
 )
 from stages.model import acceleration as room
 from stages.model.acceleration import (
-    WindowOrder,
-    Windows,
-    attend,
     choose,
     coarse_rank,
     position_codes,
     redundancy,
     run_main_stage,
-    window_order,
 )
+from stages.model.windows import WindowOrder, Windows, attend, window_order
 
 FAMILIES = ["fast_itpn", "itpn"]
 
@@ -279,7 +277,7 @@ def test_the_order_of_windows_is_kept_with_the_model_and_not_with_its_weights(mo
     _, model = pair("fast_itpn", gathering=GatheringConfig(window=4, tokens=2))
     expected, other = model(IMAGE)["tokens"], model(IMAGE[..., :80])["tokens"]
     assert not any("window_order" in name for name in model.state_dict())
-    monkeypatch.setattr(room, "window_order", lambda *a: pytest.fail("made in the forward pass"))
+    monkeypatch.setattr(windows, "window_order", lambda *a: pytest.fail("made in the forward pass"))
     assert torch.equal(model(IMAGE)["tokens"], expected)
     monkeypatch.undo()
     assert torch.equal(model(IMAGE[..., :80])["tokens"], other)  # another grid
