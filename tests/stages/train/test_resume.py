@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import storage
+from stages.train.layout import manifest_uri
 from tests.stages.train import ranks
 
 pytestmark = pytest.mark.timeout(600)  # several processes; a busy machine starts them slowly
@@ -26,9 +27,9 @@ def manifest(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"{step:09d}.json"
 
 
-def hashes(out: Path, step: int) -> dict[str, str]:
+def hashes(out: Path | str, step: int) -> dict[str, str]:
     """Content of every file of a checkpoint: weights, moments, average, random state, buffers."""
-    found = storage.read_json(str(manifest(out, step)))
+    found = storage.read_json(manifest_uri(str(out), step))
     return {info["path"].rsplit("/", 1)[1]: info["sha256"] for info in found["files"]}
 
 

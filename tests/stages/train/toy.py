@@ -5,7 +5,6 @@ The model has drop-out (so that random state matters) and a buffer; samples are 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from cluster import distributed, storage
 from cluster.errors import ItpnError
 from stages.train import loop, state
 from stages.train.config import LoopConfig
+from stages.train.layout import checkpoint_steps, manifest_uri
 from stages.train.loop import Trainer
 from stages.train.optim import parameter_groups
 from stages.train.schedule import make_schedule
@@ -66,7 +67,7 @@ class Killer:
 
     def install(self, spec: dict[str, Any], rank: int) -> None:
         """Watch the calls that make a save: writing a local file, uploading it, committing the manifest."""
-        self.folder, self.slow_s = Path(spec["out"]), spec.get("upload_s", 0.0)
+        self.folder, self.slow_s = Path(spec.get("marks", spec["out"])), spec.get("upload_s", 0.0)
         self.kills = [{"index": i, "call": 0, **k} for i, k in enumerate(spec["kills"]) if k["rank"] == rank]
         for module, name in (
             (state, "save_file"),
@@ -96,6 +97,8 @@ class Killer:
                 Path(args[1]).write_bytes(b"half a file")
                 self.at("half save_file", step, call)
             self.at(f"before {name}", step, call)
+            if any(k["where"] == f"during {name}" for k in self.kills):
+                Timer(0.003, self.at, (f"during {name}", step, call)).start()
             result = function(*args, **kwargs)
             self.at(f"after {name}", step, call)
             return result
@@ -131,14 +134,10 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         total, world = self.spec["loop"]["global_batch"], self.world
-        if "committed" in self.spec:
-            with open(f"{self.spec['samples']}-starts", "a") as file:
-                file.write(json.dumps({"committed": self.spec["committed"], "resumed": self.first}) + "\n")
+        note_start(self.spec, self.first)
         for index in range(self.first, self.end):
             ids = np.arange(index * total, (index + 1) * total)[world.rank :: world.world_size]
-            if "samples" in self.spec:
-                with open(f"{self.spec['samples']}-{world.rank}", "a") as file:
-                    file.write(f"{index} {ids.tolist()}\n")
+            note_batch(self.spec, world.rank, index, ids)
             images = [np.random.default_rng(int(i)).integers(0, 256, (4, 4, 3), dtype=np.uint8) for i in ids]
             lost = [
                 entry for at, rank, *entry in self.spec.get("bad_at", ()) if (at, rank) == (index, world.rank)
@@ -150,6 +149,58 @@ class Feed:
 
     def close(self) -> None:
         pass
+
+
+def note_start(spec: dict, first: int) -> None:
+    """Write down with which step a start began, and what was committed then (rank 0 of a run with kills knows)."""
+    if "committed" in spec:
+        with open(f"{spec['samples']}-starts", "a") as file:
+            file.write(json.dumps({"committed": spec["committed"], "resumed": first}) + "\n")
+
+
+def note_batch(spec: dict, rank: int, index: int, ids: np.ndarray) -> None:
+    """Write down what a rank takes in a step."""
+    if "samples" in spec:
+        with open(f"{spec['samples']}-{rank}", "a") as file:
+            file.write(f"{index} {ids.tolist()}\n")
+
+
+class NotedFeed:
+    """The real feed, of a sharded data set; what it yields is written down as `Feed` does."""
+
+    def __init__(self, feed: Any, spec: dict, world: distributed.World, first: int, epoch: int) -> None:
+        self.feed, self.spec, self.world, self.first, self.epoch = feed, spec, world, first, epoch
+        self.bad_limit, self.close = feed.bad_limit, feed.close
+
+    @property
+    def wait_s(self) -> float:
+        return self.feed.wait_s
+
+    def __iter__(self) -> Iterator[Any]:
+        note_start(self.spec, self.first)
+        for batch in self.feed:
+            index = batch.epoch * self.epoch + batch.step
+            note_batch(self.spec, self.world.rank, index, batch.sample_ids.numpy())
+            yield batch
+
+
+def open_feed(spec: dict, world: distributed.World, config: LoopConfig) -> tuple[int, Any, str]:
+    """Steps per epoch, what opens a feed, and the data's fingerprint: of made samples, or of spec["manifest"]."""
+    if "manifest" not in spec:
+        data = spec.get("data", ["toy"] * world.world_size)[world.rank]
+        return STEPS_PER_EPOCH, lambda start, end: Feed(spec, world, start, end), data
+    from stages.data.config import DataConfig
+    from stages.data.view import TrainView
+    from stages.train.feeds import open_training_data
+
+    view = DataConfig(view=TrainView(size=8), streams=4, window=2)
+    dataset, order, make = open_training_data(config, view, spec["manifest"], split="train", world=world)
+    epoch = order.steps_per_epoch
+
+    def opened(start: tuple[int, int], end: int) -> NotedFeed:
+        return NotedFeed(make(start, end), spec, world, start[0] * epoch + start[1], epoch)
+
+    return epoch, opened, dataset.fingerprint
 
 
 class Toy(nn.Module):
@@ -192,7 +243,8 @@ class ToyTask:
             self.trainer.engine.model.optimizer.loss_scaler.cur_scale = 1.0
         if step == 3 and self.trainer is not None:
             self.partition = partition_facts(self.trainer.engine)
-        x = batch.images.flatten(1).to(next(self.module.parameters()).dtype) / 255
+        every = batch.images.shape[1] // 4  # real views are larger than the 4 x 4 pixels of the model
+        x = batch.images[:, ::every, ::every].flatten(1).to(next(self.module.parameters()).dtype) / 255
         loss = nn.functional.cross_entropy(model(x).float(), batch.labels)
         if step in spec.get("nan_at", []) and rank == self.world.world_size - 1:
             loss = loss * float("nan")
@@ -237,12 +289,11 @@ def attempt(world: distributed.World) -> str:
 
 def committed(out: str) -> list[int]:
     """Steps whose manifest is there and lists nothing that is absent or differs, oldest first."""
-    steps = []
-    for path in sorted(Path(out).glob("checkpoints/*.json")):
-        for info in json.loads(path.read_bytes())["files"]:
-            digest = hashlib.sha256(Path(out, info["path"]).read_bytes()).hexdigest()
-            assert digest == info["sha256"], f"{path} was committed, but {info['path']} is not whole"
-        steps.append(int(path.stem))
+    steps = checkpoint_steps(out)
+    for step in steps:
+        for info in storage.read_json(manifest_uri(out, step))["files"]:
+            digest = storage.sha256_bytes(storage.read_bytes(storage.join(out, info["path"])))
+            assert digest == info["sha256"], f"step {step} was committed, but {info['path']} is not whole"
     return steps
 
 
@@ -253,11 +304,11 @@ def train(spec: dict, world: distributed.World) -> dict:
     if "kills" in spec and world.rank == 0:
         spec["committed"] = committed(spec["out"])
     task = ToyTask(spec, world)
+    steps_per_epoch, make_feed, data = open_feed(spec, world, config)
     trainer = Trainer(
-        task=task, config=config, world=world, steps_per_epoch=STEPS_PER_EPOCH,
-        make_feed=lambda start, end: Feed(spec, world, start, end),
+        task=task, config=config, world=world, steps_per_epoch=steps_per_epoch, make_feed=make_feed,
         out=spec["out"], attempt=f"{attempt(world)}{spec.get('name', '')}", identity=config.identity(),
-        data_fingerprint=spec.get("data", ["toy"] * world.world_size)[world.rank],
+        data_fingerprint=data,
     )  # fmt: skip
     task.trainer = trainer
     digest = loop.source_digest
@@ -269,21 +320,26 @@ def train(spec: dict, world: distributed.World) -> dict:
         loop.source_digest = digest
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     result["partition"], result["statistics"] = task.partition, task.statistics
-    texts = [Path(spec["out"], part["path"]).read_text() for part in result["metrics"]]
+    texts = [
+        storage.read_bytes(storage.join(spec["out"], part["path"])).decode() for part in result["metrics"]
+    ]
     lines = [json.loads(line) for text in texts for line in text.splitlines()]
     result["losses"] = [line["loss"] for line in lines if "loss" in line]
     result["events"] = [line for line in lines if "event" in line]
     return result
 
 
+def same_arithmetic() -> None:
+    """Equal results on every machine, for as far as torch can be told."""
+    torch.set_num_threads(1)
+    torch.backends.mkldnn.enabled = False  # its kernels differ from one CPU to the next
+    torch.use_deterministic_algorithms(True)
+
+
 def main() -> int:
     """Run one spec, or a list of them one after the other; the results (or errors) go to the files they name."""
     specs = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = (
-        False  # its kernels differ from one CPU to the next; the golden curve must not
-    )
-    torch.use_deterministic_algorithms(True)
+    same_arithmetic()
     code = 0
     try:
         for spec in specs if isinstance(specs, list) else [specs]:
