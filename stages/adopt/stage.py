@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster import storage
+from cluster import scratch, storage
 from cluster.errors import ConfigError, DataInvalid
 from stages.adopt.config import AdoptConfig, LastConfig
 from stages.artifacts import Artifact, CheckpointRef, FileInfo, Outcome
@@ -43,7 +43,7 @@ def run(config: AdoptConfig, inputs: Mapping[str, Artifact], context: StageConte
     if config.classes:
         _name_classes(model, config)
     description = describe(model)
-    with tempfile.TemporaryDirectory(prefix="itpn-adopt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="adopt-", dir=scratch.folder()) as folder:
         save_model(folder, model.state_dict(), description)
         files = _upload(Path(folder), context)
     known = config.known or Outside(config.uri, config.sha256, 0, description).reference()
@@ -137,7 +137,7 @@ def run_last(config: LastConfig, inputs: Mapping[str, Artifact], context: StageC
             expected=f"{raw}/{WEIGHTS}",
             remedy="fine-tune with ema_decay above 0; without it the weights handed on are the last ones",
         )
-    with tempfile.TemporaryDirectory(prefix="itpn-last-") as folder:
+    with tempfile.TemporaryDirectory(prefix="last-", dir=scratch.folder()) as folder:
         for name in (WEIGHTS, "config.json"):
             storage.download_file(storage.join(raw, name), Path(folder) / name)
         files = _upload(Path(folder), context)

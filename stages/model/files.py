@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster import storage
+from cluster import scratch, storage
 from cluster.errors import ConfigError, DataInvalid
 from stages.model import sharded
 from stages.model.config import SHA256
@@ -60,7 +60,7 @@ def local_copy(uri: str, *, sha256: str | None = None) -> Iterator[Path]:
     """
     full = storage.join(uri)
     sha256 = pin(sha256)
-    with tempfile.TemporaryDirectory(prefix="itpn-weights-") as folder:
+    with tempfile.TemporaryDirectory(prefix="weights-", dir=scratch.folder()) as folder:
         if "://" not in full:
             local = Path(full)
             if not local.is_file():

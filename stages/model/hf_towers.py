@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cluster import scratch
 from cluster.errors import ConfigError, DataInvalid
 from stages.model import sharded
 from stages.model.files import read_state
@@ -77,7 +78,7 @@ def load_hf_tower(config: dict[str, Any], weights: Path) -> tuple[HfTower, dict[
     class_name, mean, std = _CLASSES[kind]
     vision = config.get("vision_config") or config
     # transformers reads a folder with fixed file names, and never a pickle: others are converted first.
-    with tempfile.TemporaryDirectory(prefix="itpn-teacher-") as folder:
+    with tempfile.TemporaryDirectory(prefix="teacher-", dir=scratch.folder()) as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         target = Path(folder) / "model.safetensors"
         if is_index(weights):

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster import storage
+from cluster import scratch, storage
 from cluster.errors import DataInvalid
 from stages.artifacts import DatasetRef, FileInfo, Outcome
 from stages.context import StageContext
@@ -113,7 +113,7 @@ def publish(
 
 def _write_index(context: StageContext, split: str, names: list[str], plan: str) -> IndexFile:
     uri = storage.join(context.files, f"{split}.index.parquet")
-    with tempfile.TemporaryDirectory(prefix="itpn-index-") as folder:
+    with tempfile.TemporaryDirectory(prefix="index-", dir=scratch.folder()) as folder:
         local = Path(folder) / "index.parquet"
         with pq.ParquetWriter(local, INDEX_SCHEMA, compression="zstd") as writer:
             for shard, columns in enumerate(_rows(context, names, plan)):
