@@ -205,7 +205,8 @@ def results_table(rows: list[ResultRow], metric: str = "top1") -> RenderableType
             of_data = [found for (name, _, _), found in pairs.items() if name == data]
             means = [mean(f[init].value for f in of_data if init in f) for init in inits]
             table.add_section()
-            table.add_row(data, "mean", "", *(_number(v) for v in means), _number(mean(gains[data]), "+"))
+            name = "mean" if len(gains) == 1 else f"mean of {data}"
+            table.add_row(name, "", "", *(_number(v) for v in means), _number(mean(gains[data]), "+"))
     checkpoints = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("job", "init", "seed", metric, "checkpoint"):
         checkpoints.add_column(heading, overflow="fold", no_wrap=heading != "checkpoint")
