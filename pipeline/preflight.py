@@ -104,6 +104,23 @@ def readable(name: str, uri: str, remedy: str, kind: str) -> Requirement:
     return Requirement(name, check, frozenset({kind}))
 
 
+def teacher(uri: str, remedy: str, kind: str = "pretrain") -> Requirement:
+    """A teacher: a file, a folder, or the name of a repository of the Hugging Face hub."""
+    here = readable("teacher", uri, remedy, kind)
+
+    def check() -> str:
+        from stages.model.teacher import hub_name, on_hub
+
+        if not uri or (name := hub_name(uri)) is None:
+            return here.check()
+        if not on_hub(name):
+            found = f"no path {uri}, and no repository of that name in the hub that this machine can read"
+            raise PreflightError("not there", found=found, remedy=remedy)
+        return f"{name} of the Hugging Face hub"
+
+    return Requirement(here.name, check, here.kinds)
+
+
 def root(uri: str | None) -> Requirement:
     """The root must be given, answer, and really refuse a second exclusive create."""
 

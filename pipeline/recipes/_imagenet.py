@@ -115,12 +115,10 @@ def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[p
             "--set data.source=URI of ILSVRC2012 as an ImageFolder tree, tar or zip (IMAGENET=URI with make)",
             "shard",
         ),
-        preflight.readable(
-            "teacher",
+        preflight.teacher(
             config.pretrain.teacher.uri,
             "--set pretrain.teacher.uri=PATH of CLIP ViT-L/14: OpenAI .pt, or a Hugging Face folder "
             "(TEACHER=PATH with make)",
-            "pretrain",
         ),
         *label_files("evaluate", config.evaluate),
         *label_files("probe", config.probe),

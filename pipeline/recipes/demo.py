@@ -101,10 +101,8 @@ def requirements(config: Recipe, address: str | None) -> list[preflight.Requirem
             "--set data.source=PATH (an ImageFolder tree, tar or zip)",
             "shard",
         ),
-        preflight.readable(
-            "teacher",
+        preflight.teacher(
             config.pretrain.teacher.uri,
             "--set pretrain.teacher.uri=PATH of a CLIP model",
-            "pretrain",
         ),
     ]

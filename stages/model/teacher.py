@@ -192,6 +192,19 @@ def hub_name(uri: str) -> str | None:
     return name if uri.startswith("hf://") or not Path(uri).exists() else None
 
 
+def on_hub(name: str) -> bool:
+    """Whether the hub has a repository of this name that this machine may read, or the cache has its config."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _CONFIGS.values()):
+        return True
+    try:
+        HfApi().model_info(name, timeout=20)
+    except Exception:  # the hub's errors and those of the HTTP client below it share no base class
+        return False
+    return True
+
+
 def _from_hub(name: str) -> str:
     """Folder of the hub's files, from its local cache where they are there already."""
     from huggingface_hub import snapshot_download  # comes with transformers
