@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stages.shard.config import ShardConfig
 from stages.shard.index import build_index
+from stages.shard.listing import TAR, Listing, Unit
 from stages.shard.plan import plan_shards, samples_of
-from stages.shard.scan import TAR, Listing, Unit
 from stages.shard.source import Source
 
 CLASSES = 21_841

@@ -36,7 +36,7 @@ from cluster import distributed
 from cluster.distributed import World
 from stages.artifacts import DatasetRef
 from stages.context import StageContext
-from stages.data.feed import Batch
+from stages.data.batch import Batch
 from stages.model import MaskedFeatureModel, Teacher, load_teacher
 from stages.model.flops import pretrain_flops, teacher_flops
 from stages.pretrain.config import PretrainConfig

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from stages.data.feed import Batch
+from stages.data.batch import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device | str) -> Iterator[Batch]:

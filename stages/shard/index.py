@@ -8,78 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
-import pyarrow as pa
 
 from cluster.errors import DataInvalid
-from stages.shard.scan import SAMPLES, SPLIT_WORDS, Listing
+from stages.shard.layout import Layout, refuse_empty_classes
+from stages.shard.listing import SAMPLES, Listing
+from stages.shard.table import Table
 
-_CHUNK = 1 << 16
 _META = re.compile(r"__[^/]*__/")
-_SHOWN = 5  # items named in an error
-
-
-class Table:
-    """All images of a source as columns; rows are in the order of the listing, which nothing may depend on."""
-
-    def __init__(self) -> None:
-        self.folders: list[str] = []
-        self.folder, self.container = array("i"), array("i")
-        self.offset, self.size = array("q"), array("q")
-        self.aux: array | None = None  # only where a layout needs it (zip, Parquet)
-        self.label: array | None = None  # only where the source states labels
-        self._names: list[pa.Array] = []
-        self._pending: list[str] = []
-        self._ids: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self.size)
-
-    def add(self, found: Listing, folder_prefix: str = "") -> None:
-        """Append a listing; `folder_prefix` goes before the folders of its paths."""
-        for path in found.paths:
-            folder, _, name = path.rpartition("/")
-            number = self._ids.get(folder_prefix + folder)
-            if number is None:
-                number = self._ids[folder_prefix + folder] = len(self.folders)
-                self.folders.append(folder_prefix + folder)
-            self.folder.append(number)
-            self._pending.append(name)
-            if len(self._pending) == _CHUNK:
-                self._flush()
-        if self.aux is None and any(found.aux):
-            self.aux = array("q", bytes(8 * len(self)))
-        self.container.extend([found.unit["container"]] * len(found.paths))
-        self.offset.extend(found.offset)
-        self.size.extend(found.size)
-        if self.aux is not None:
-            self.aux.extend(found.aux)
-        if found.kind == SAMPLES:
-            self.label = array("i") if self.label is None else self.label
-            self.label.extend(found.labels)
-
-    def _flush(self) -> None:
-        self._names.append(pa.array(self._pending, pa.string()))
-        self._pending = []
-
-    def chunks(self) -> Iterable[tuple[int, list[str]]]:
-        """(first row, names) of successive runs of rows."""
-        self._flush()
-        begin = 0
-        for chunk in self._names:
-            yield begin, chunk.to_pylist()
-            begin += len(chunk)
-
-    def names(self, rows: np.ndarray) -> list[str]:
-        """File names of some rows. Every chunk but the last has the same length."""
-        self._flush()
-        return [self._names[row // _CHUNK][row % _CHUNK].as_py() for row in rows.tolist()]
 
 
 @dataclass(frozen=True)
@@ -161,13 +102,13 @@ def build_index(
             remedy="point `source` at one of them, and shard the other as a data set of its own",
         )
     if table.label is not None:
-        layout = _Layout(table.folders, split_names, prefixed=True)
+        layout = Layout(table.folders, split_names, prefixed=True)
         split_of_row = layout.split_ids[np.asarray(table.folder)]
         labels, classes = _stated(table, class_names)
     else:
-        layout = _Layout(table.folders, split_names)
+        layout = Layout(table.folders, split_names)
         split_of_row = layout.split_ids[np.asarray(table.folder)]
-        _refuse_empty_classes(layout, folders, uri)
+        refuse_empty_classes(layout, folders, uri)
         labels, classes = _from_folders(table, layout, split_names, split_of_row, uri)
     splits, digest = {}, hashlib.sha256("\n".join(classes).encode())
     hashes = _hashes(table, layout.strip)
@@ -193,42 +134,8 @@ def build_index(
     )
 
 
-class _Layout:
-    """Where in a folder's path the split and the class stand. `split_ids` and `classes` are per folder."""
-
-    def __init__(self, folders: list[str], split_names: tuple[str, ...], prefixed: bool = False) -> None:
-        self.split_names = split_names
-        parts = [folder.split("/", 2) for folder in folders]
-        firsts = {p[0] for p in parts}
-        seconds = {p[1] for p in parts if len(p) > 1}
-        wrapped = len(firsts) == 1 and firsts != {""} and not firsts & set(split_names) and not prefixed
-        deep = all(len(p) > 1 for p in parts)
-        skip = int(wrapped and (bool(seconds & set(split_names)) or deep))
-        self.has_splits = prefixed or bool((seconds if skip else firsts) & set(split_names))
-        self.skip, self.strip = skip, skip + self.has_splits
-        # `validation/` beside `train/` is `val`, unless that is there too.
-        present = seconds if skip else firsts
-        words = {name: SPLIT_WORDS.get(name.lower(), name) for name in present - set(split_names)}
-        self.aliases = {name: split for name, split in words.items() if split not in present}
-        parsed = [self.parse(folder) for folder in folders]
-        self.classes = [class_name for _, class_name in parsed]
-        self.split_ids = np.array(
-            [split if class_name is not None or prefixed else -1 for split, class_name in parsed], np.int8
-        )
-
-    def parse(self, folder: str) -> tuple[int, str | None]:
-        """Split id (-1 when outside) and class folder."""
-        parts = folder.split("/", self.strip + 1) if folder else []
-        split = 0
-        if self.has_splits:
-            name = parts[self.skip] if len(parts) > self.skip else ""
-            name = self.aliases.get(name, name)
-            split = self.split_names.index(name) if name in self.split_names else -1
-        return split, parts[self.strip] if len(parts) > self.strip else None
-
-
 def _from_folders(
-    table: Table, layout: _Layout, split_names: tuple[str, ...], split_of_row: np.ndarray, uri: str
+    table: Table, layout: Layout, split_names: tuple[str, ...], split_of_row: np.ndarray, uri: str
 ) -> tuple[np.ndarray, list[str]]:
     """Labels and class names by the class folders of the first split that is present."""
     used = {
@@ -280,21 +187,6 @@ def _stated(table: Table, names: list[str] | None) -> tuple[np.ndarray, list[str
             remedy="correct the labels or the class names in the files' metadata",
         )
     return labels, names
-
-
-def _refuse_empty_classes(layout: _Layout, folders: set[str], uri: str) -> None:
-    filled = set(zip(layout.split_ids.tolist(), layout.classes, strict=True))
-    empty = set()
-    for folder in folders:
-        split, class_name = layout.parse(folder)
-        if split >= 0 and class_name and not class_name.startswith(".") and (split, class_name) not in filled:
-            empty.add(f"{layout.split_names[split]}/{class_name}" if layout.has_splits else class_name)
-    if empty:
-        raise DataInvalid(
-            f"{uri} has {len(empty)} class folder(s) with no image: " + ", ".join(sorted(empty)[:_SHOWN]),
-            expected="at least one .jpg, .jpeg or .png in every class folder",
-            remedy="remove the folder or add its images",
-        )
 
 
 def _stripped(folder: str, strip: int) -> str:

@@ -11,8 +11,8 @@ from cluster import storage
 from stages.data.rng import Purpose, permutation
 from stages.shard.config import ShardConfig
 from stages.shard.index import SourceIndex
+from stages.shard.listing import PARQUET
 from stages.shard.read import Samples
-from stages.shard.scan import PARQUET
 from stages.shard.source import Source
 from stages.shard.ustar import fits
 

@@ -24,7 +24,7 @@ from cluster.errors import DataInvalid
 from stages.data.decode import BadImage
 from stages.data.files import kept_open
 from stages.shard import parquet
-from stages.shard.scan import PARQUET, ZIP, local_path
+from stages.shard.listing import PARQUET, ZIP, local_path
 
 REQUESTS = 16  # an object store answers a range in about 20 ms; 16 in flight keep one core busy
 GAP_BYTES = 1 << 18  # read and dropped rather than asked for apart: 20 ms at 100 MB/s would even allow 2 MB

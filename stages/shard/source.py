@@ -24,7 +24,7 @@ from cluster.errors import ConfigError, DataInvalid
 from stages.context import StageContext
 from stages.data.manifest import load_manifest, resolve
 from stages.shard import truth
-from stages.shard.scan import (
+from stages.shard.listing import (
     CLASS,
     FOLDER,
     PARQUET,
@@ -37,13 +37,10 @@ from stages.shard.scan import (
     Listing,
     Unit,
     is_image,
-    list_unit,
-    list_units,
     local_path,
-    members,
-    open_tar,
-    refuse_unreadable,
 )
+from stages.shard.scan import list_unit, list_units, refuse_unreadable
+from stages.shard.tars import members, open_tar
 from stages.shard.verify import manifest_of
 
 _ARCHIVES = (".tar", ".zip", ".parquet")

@@ -24,8 +24,8 @@ from PIL import Image
 from cluster import storage
 from cluster.errors import AlreadyExists, NotFound
 from stages.data.decode import BadImage, Header, decode, probe
+from stages.shard.listing import local_path
 from stages.shard.read import Samples, Where, read_images
-from stages.shard.scan import local_path
 from stages.shard.ustar import TarWriter
 
 QUALITY = 92  # of images shrunk to max_side

@@ -10,9 +10,10 @@ import torch
 
 from stages.artifacts import DatasetRef
 from stages.data import augment
+from stages.data.batch import Batch
 from stages.data.dataset import ShardDataset
 from stages.data.device import on_device
-from stages.data.feed import Batch, TrainFeed
+from stages.data.feed import TrainFeed
 from stages.data.order import Order
 from stages.data.rand_augment import DRAWS_PER_OPERATION, rand_augment
 from stages.data.rng import Purpose

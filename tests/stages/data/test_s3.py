@@ -13,9 +13,10 @@ import torch
 from cluster import storage
 from cluster.errors import StorageUnavailable
 from stages.artifacts import DatasetRef
+from stages.data.batch import Batch
 from stages.data.config import CacheConfig
 from stages.data.dataset import ShardDataset
-from stages.data.feed import Batch, TrainFeed
+from stages.data.feed import TrainFeed
 from stages.data.order import Order
 from stages.data.view import TrainView
 from tests.conftest import S3Server
