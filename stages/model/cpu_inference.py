@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIECE = 1 << 19  # floats for each thread: 2 MiB, about what a core caches for itself
+SMALL = (
+    1 << 24
+)  # multiply-adds of a product that takes some 100 µs, of which a convolution's set-up would be 8
 
 
 def plain_cpu(x: Tensor) -> bool:
@@ -33,10 +36,10 @@ def plain_cpu(x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias over the last dimension, as `F.linear`; weight (outputs, inputs).
 
-    In plain CPU inference it is a 1×1 convolution, which torch hands to oneDNN. `F.linear` goes to MKL, which on
-    an AMD CPU with AVX-512 was half as fast (docs/LOG.md).
+    In plain CPU inference a large one is a 1×1 convolution, which torch hands to oneDNN. `F.linear` goes to MKL,
+    which on an AMD CPU with AVX-512 was half as fast (docs/LOG.md).
     """
-    if not plain_cpu(x):
+    if not plain_cpu(x) or x.numel() * weight.shape[0] < SMALL:
         return F.linear(x, weight, bias)
     rows_1CN1 = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
     y_1CN1 = F.conv2d(rows_1CN1, weight[:, :, None, None], bias)
