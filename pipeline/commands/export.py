@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -19,7 +19,9 @@ from pipeline.commands.common import JsonOpt, RootOpt, console_of, guarded, root
 from pipeline.registry import CheckpointRow, Registry
 from pipeline.registry.deletions import Deletions
 from pipeline.registry.lineage import find, lineage, read_record
-from stages.evaluate.config import Acceleration
+
+if TYPE_CHECKING:
+    from stages.evaluate.config import Acceleration
 
 
 class Setting(StrEnum):
@@ -69,6 +71,8 @@ def checkpoints_export(
 
       itpn checkpoints export production --out ./fast --format onnx --acceleration both --keep 0.6 --root runs/demo
     """
+    from stages.evaluate.config import Acceleration  # imports torch, which takes a second
+
     asked = Acceleration.parse({"setting": acceleration.value, "keep": keep})
     registry = Registry(root_of(root))
     row = find(registry, checkpoint)

@@ -125,3 +125,17 @@ def test_unreachable_store_is_code_4() -> None:
     done = itpn("status", "demo", "--root", "s3://nowhere/x", **keys, **nobody)
     assert done.returncode == 4, done.stderr
     assert "remedy" in done.stderr
+
+
+def test_looking_at_a_registry_does_not_wait_for_torch_or_ray(tmp_path: Path) -> None:
+    """Each takes a second or more; `results list` of 100,000 rows is to take less than two."""
+    program = (
+        "import sys; sys.argv = ['itpn', 'results', 'list', '--root', sys.argv[1], '--json']\n"
+        "from pipeline.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert '"ok": true' in done.stdout and done.stdout.splitlines()[-1] == "[]", done.stdout
