@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import math
+import os
 import pickle
 import queue
 import threading
@@ -142,6 +144,9 @@ def _settle(worker: int) -> None:
     del worker
     torch.set_num_threads(1)
     gc.freeze()  # what torch's import left behind need not be searched again (3 % of the time otherwise)
+    # The queue's thread may still hand a batch over when the feed is closed. Python's end would unwind it inside
+    # torch's C++ code, which aborts the process; multiprocessing has flushed and cleaned up when this is reached.
+    atexit.register(os._exit, 0)
 
 
 def _in_processes(

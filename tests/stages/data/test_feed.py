@@ -186,6 +186,19 @@ def test_batches_are_pinned_where_there_is_a_gpu(
     assert len(pinned) == 3
 
 
+@pytest.mark.slow
+def test_closing_a_busy_feed_ends_its_process_without_a_crash(
+    dataset: ShardDataset, capfd: pytest.CaptureFixture
+) -> None:
+    """Every other process used to abort: the interpreter's end met the thread that hands batches over."""
+    view, order = TrainView(size=448), order_of(dataset, global_batch=24)
+    for _ in range(4):
+        with TrainFeed(dataset, order, view, seed=5, loader_workers=1) as feed:
+            for _ in range(4):
+                next(feed)
+    assert "terminate called" not in capfd.readouterr().err
+
+
 def test_waiting_is_measured_and_closing_ends_an_endless_feed(dataset: ShardDataset) -> None:
     feed = TrainFeed(dataset, order_of(dataset), VIEW, seed=5)
     next(feed)
