@@ -87,7 +87,7 @@ def _decode_pillow(data: bytes, header: Header) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # size was checked in `probe`
             with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-                pixels = np.asarray(_to_rgb(image))
+                pixels = np.array(_to_rgb(image))  # a copy: torch warns of memory that may not be written
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
         raise BadImage(f"{header.kind} does not decode: {error}") from None
     return _upright(pixels, header.orientation)
@@ -111,7 +111,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation == 1:
         return pixels
-    return np.asarray(Image.fromarray(pixels).transpose(_EXIF_TO_PIL[orientation]))
+    return np.array(Image.fromarray(pixels).transpose(_EXIF_TO_PIL[orientation]))
 
 
 def _probe_jpeg(data: bytes) -> Header:
