@@ -47,8 +47,10 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
         timeout_s: limit on every collective.
         use_gpu: one GPU per rank over NCCL; by default when CUDA is there, else gloo on the CPU.
 
-    A group that exists already (Ray Train's) is reused. Raises ConfigError when only a part of the
-    environment is set, or when there are fewer GPUs than ranks on this machine.
+    A group that exists already (Ray Train's) is reused. The limit holds for groups that libraries make later, too.
+
+    Raises ConfigError when only a part of the environment is set, or when there are fewer GPUs than ranks on this
+    machine.
     """
     import torch
     import torch.distributed as dist
@@ -91,7 +93,20 @@ def init(*, timeout_s: float = DEFAULT_TIMEOUT_S, use_gpu: bool | None = None) -
             store=open_store(rank, world_size, timeout_s),
             device_id=torch.device(device) if gpu else None,
         )
+    _limit_groups(timedelta(seconds=timeout_s))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _limit_groups(limit: timedelta) -> None:
+    """Make `limit` what groups without a limit of their own get.
+
+    DeepSpeed moves gradients and weights through such groups, and torch would give them 10 minutes on NCCL and 30 on
+    gloo whatever the first group has. torch has no public name for it.
+    """
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d.default_pg_timeout = limit
+    distributed_c10d.default_pg_nccl_timeout = limit
 
 
 def shutdown() -> None:
@@ -99,8 +114,12 @@ def shutdown() -> None:
     import torch.distributed as dist
 
     global _ours, _own_port
+    from torch.distributed import constants, distributed_c10d
+
     if _ours and dist.is_initialized():
         dist.destroy_process_group()
+    distributed_c10d.default_pg_timeout = constants.default_pg_timeout
+    distributed_c10d.default_pg_nccl_timeout = constants.default_pg_nccl_timeout
     if _own_port:  # free for anybody now: neither the next group nor a child process may take it for granted
         os.environ.pop("MASTER_PORT", None)
     _ours = _own_port = False

@@ -14,6 +14,23 @@ def test_port_of_a_process_alone_is_forgotten(monkeypatch) -> None:
     assert "MASTER_PORT" not in os.environ
 
 
+def test_time_limit_holds_for_groups_that_libraries_make_later() -> None:
+    import torch
+    import torch.distributed as dist
+
+    def limit_s() -> float:
+        backend = dist.new_group([0])._get_backend(torch.device("cpu"))
+        return backend.options._timeout.total_seconds()
+
+    distributed.init(use_gpu=False, timeout_s=7)
+    assert limit_s() == 7
+    distributed.shutdown()
+    distributed.init(use_gpu=False)
+    assert limit_s() == distributed.DEFAULT_TIMEOUT_S
+    distributed.shutdown()
+    assert dist.distributed_c10d.default_pg_timeout == dist.constants.default_pg_timeout
+
+
 def test_port_that_was_given_stays(monkeypatch) -> None:
     given = str(distributed.free_port())
     monkeypatch.setenv("MASTER_PORT", given)

@@ -67,7 +67,7 @@ def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_shards_on_s3_zero_3_and_bf16_survive_ranks_launchers_and_uploads_cut_off(
     shards: Path, whole: Run, seeded: random.Random, seaweedfs_root: str, tmp_path: Path
 ) -> None:
-    """Six deaths: of two ranks inside uploads, one around a commit, one in a step, and twice of the launcher."""
+    """Seven deaths: of two ranks inside uploads, one around a commit, one in a step, and three of the launcher."""
     storage.upload_tree(shards, f"{seaweedfs_root}/data")
     steps = seeded.sample(range(INTERVAL, STEPS - INTERVAL, INTERVAL), 3)
     kills = [

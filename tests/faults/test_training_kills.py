@@ -95,3 +95,15 @@ def test_ten_killed_launchers_take_their_ranks_with_them_and_the_same_command_go
         assert not alive, "ranks outlived their launcher"
     assert run.ends_well(run.launch()), run.errors()
     run.check(whole, 7 + 1, bound=INTERVAL)
+
+
+def test_rank_that_stands_still_is_replaced_after_the_time_limit(whole, tmp_path):
+    """Its peer gives up after `timeout_s`, and torchrun, which the stopped rank cannot answer, kills it 30 s later."""
+    run = Run(tmp_path, loop=LOOP, timeout_s=10)
+    launcher = run.launch()
+    until(lambda: run.step() >= STEPS // 2, launcher)
+    stopped = ranks_of(launcher)[1]
+    stopped.suspend()
+    assert run.ends_well(launcher), run.errors()
+    assert not stopped.is_running()
+    run.check(whole, 2, bound=INTERVAL)

@@ -230,8 +230,6 @@ class ToyTask:
             os.kill(os.getpid(), signal.SIGKILL)
         if step == spec.get("terminate_at") and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        if step == spec.get("hang_at") and rank == 1:
-            time.sleep(3600)
         time.sleep(spec.get("step_s", 0))
         if step == spec.get("disk_full_at"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
