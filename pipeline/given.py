@@ -57,7 +57,10 @@ class Given:
         self.size = next((name for name, size in sizes.items() if _same(size, self.backbone)), None)
         self.record: Record | None = read_record(root, row.step) if known else None
         stem = (self.size or "model").replace("fast_itpn_", "")
-        self.name = f"{stem}-{found.sha256[:8]}"
+        # Whatever decides the import is in its name: another reading of the file is another step, not a drifted one.
+        self.name = f"{stem}-{found.sha256[:8]}" + ("-ema" if ema else "")
+        if found.config_sha256:
+            self.name += f"-config-{found.config_sha256[:8]}"
         if classes:
             digest = _classes_sha256(classes, found.config.get("num_classes", 0))
             self.config = self.config.model_copy(update={"classes": classes, "classes_sha256": digest})

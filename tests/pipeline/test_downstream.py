@@ -132,6 +132,24 @@ def test_class_names_of_a_published_head_are_part_of_what_it_is(tmp_path: Path) 
     assert "no classes to name" in refused("finetune", backbone, "--root", root, "--classes", str(file))
 
 
+def test_each_reading_of_one_file_is_a_step_of_its_own(tmp_path: Path) -> None:
+    """Averaged weights or not, one config.json or another: none stands in the way of the other."""
+    state = Classifier(SMALL, 3).state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "both.pth")
+    given = ("evaluate", str(tmp_path / "both.pth"), "--root", str(tmp_path / "r"), "--data", "x/pets.tar")
+
+    def ids(*arguments: str) -> set[str]:
+        return {step["step"] for step in planned(*arguments) if not step["step"].startswith("shard")}
+
+    assert not ids(*given) & ids(*given, "--ema")
+    model = Classifier(SMALL, 3)
+    save_model(tmp_path / "ours", model.state_dict(), model.describe())
+    given = ("evaluate", str(tmp_path / "ours"), *given[2:])
+    before, beside = ids(*given), tmp_path / "ours" / "config.json"
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"classes": ["n01", "n02", "n03"]}))
+    assert not before & ids(*given)
+
+
 def itpn(*arguments: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments, "--json"],
