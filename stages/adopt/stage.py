@@ -61,21 +61,21 @@ def refuse_unpinned(config: AdoptConfig, name: str = "NAME") -> None:
     """
     from stages.adopt.outside import config_sha256
 
-    remedy = f"itpn finetune and itpn evaluate find it out; else --set checkpoints.{name}."
+    found_out = "itpn finetune and itpn evaluate find it out; else"
     given = f"uri {config.uri or 'none'}, sha256 {config.sha256 or 'none'}"
     if not config.uri or not config.sha256:
         raise ConfigError(
             "the checkpoint is not named whole: it is what its bytes are",
             expected="uri and sha256",
             found=given,
-            remedy=f"{remedy}sha256=… (what `sha256sum FILE` prints)",
+            remedy=f"{found_out} --set checkpoints.{name}.sha256=… (what `sha256sum FILE` prints)",
         )
     if config.classes and not config.classes_sha256:
         raise ConfigError(
             f"the file of class names {config.classes} is not pinned",
             expected="its sha256",
             found="none",
-            remedy=f"{remedy}classes_sha256=… (what `sha256sum FILE` prints)",
+            remedy=f"{found_out} --set checkpoints.{name}.classes_sha256=… (what `sha256sum FILE` prints)",
         )
     beside = config_sha256(config.uri)
     if beside == config.config_sha256:
@@ -85,7 +85,7 @@ def refuse_unpinned(config: AdoptConfig, name: str = "NAME") -> None:
             f"the config.json beside {config.uri} is not pinned, and it decides what the weights mean",
             expected="its sha256",
             found="none",
-            remedy=f"{remedy}config_sha256={beside}",
+            remedy=f"{found_out} --set checkpoints.{name}.config_sha256={beside}",
         )
     raise DataInvalid(
         f"the config.json beside {config.uri} is not the one that was pinned",
