@@ -123,13 +123,14 @@ def evaluate(
     address: AddressOpt = None,
     as_json: JsonOpt = False,
 ) -> None:
-    """Evaluate a classifier at its own resolution, or the features of a backbone (k-NN, linear probe).
+    """Measure a checkpoint at its own resolution: accuracy of a classifier, k-NN and linear probe, speed.
 
     [bold]Examples[/]
 
-      itpn evaluate production --root runs/demo --set gpus_per_worker=0
+      itpn evaluate pretrain/demo/v1 --root runs/demo --set gpus_per_worker=0
 
       itpn evaluate /weights/fast_itpn_base_224.pth --root s3://bucket/itpn --data s3://bucket/ILSVRC2012.tar \
+        --classes LOC_synset_mapping.txt \
         --set also.imagenet_real=/data/real.json --set also.imagenet_a=/data/imagenet-a.tar
     """
     from pipeline.given import Given, about
@@ -141,11 +142,14 @@ def evaluate(
     size = given.backbone.img_size
     view = {"size": size, "crop_pct": 1.0 if size >= WHOLE_IMAGE_FROM else config.evaluate.data.view.crop_pct}
     values = config.evaluate.model_dump()
-    if given.kind != "classifier":
-        values["evaluators"] = [{"kind": "knn"}, {"kind": "linear"}]
     values["data"]["view"] |= view
     config = config.model_copy(update={"evaluate": type(config.evaluate).parse(values)})
-    config = about(config, root_of(root), given, data).with_set(parse_assignments(set_))
+    changes = parse_assignments(set_)
+    config = about(config, root_of(root), given, data).with_set(changes)
+    if not {"evaluate", "evaluate.evaluators"} & changes.keys():
+        every = module.measurements(classifier=given.kind == "classifier", splits=config.data.splits)
+        update = {"evaluate": config.evaluate.model_copy(update={"evaluators": every})}
+        config = config.model_copy(update=update)
     _tell(given, "evaluate", as_json)
     run_recipe(
         "evaluate",

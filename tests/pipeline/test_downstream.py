@@ -150,6 +150,50 @@ def test_each_reading_of_one_file_is_a_step_of_its_own(tmp_path: Path) -> None:
     assert not before & ids(*given)
 
 
+def test_a_checkpoint_may_be_evaluated_in_more_ways_than_one(tmp_path: Path) -> None:
+    """Other evaluators, other data, another view or precision: each is a step of its own, none is drift."""
+    uri, root = published(tmp_path / "small.pth", SMALL, classes=3), str(tmp_path / "r")
+
+    def ids(data: str, *items: str) -> list[str]:
+        steps = planned("evaluate", uri, "--root", root, "--data", data, *settings(*items))
+        return [step["step"] for step in steps if step["step"].startswith("evaluate")]
+
+    [plain] = ids("x/pets.tar")
+    assert plain == f"evaluate/pets-model-{storage.sha256_file(uri)[:8]}-64px/v1"
+    ways = [
+        ids("x/flowers.tar"),
+        *(
+            ids("x/pets.tar", f"evaluate.{item}")
+            for item in (
+                'evaluators=[{"kind": "knn"}]',
+                'evaluators=[{"kind": "knn", "k": 5}]',
+                'evaluators=[{"kind": "classification"}, {"kind": "classification", "acceleration": "both"}]',
+                "data.view.size=256",
+                "data.view.crop_pct=1.0",
+                "precision=bf16",
+                "classes=names.txt",
+            )
+        ),
+    ]
+    assert len({plain, *(step for way in ways for step in way)}) == 1 + len(ways)
+    assert ids("x/pets.tar", "evaluate.data.batch_size=8") == [plain], "how fast is no other evaluation"
+    other, way = "also.imagenet_v2=/data/v2", 'evaluate.evaluators=[{"kind": "knn"}]'
+    assert ids("x/pets.tar", other)[1] == ids("x/pets.tar", other, way)[1], "further sets are asked one thing"
+
+
+def test_what_is_measured_follows_the_checkpoint_and_the_data(tmp_path: Path) -> None:
+    head, backbone = published(tmp_path / "a.pth", SMALL, classes=3), published(tmp_path / "b.pth", SMALL)
+
+    def kinds(uri: str, *items: str) -> str:
+        flags = ("--root", str(tmp_path / "r"), "--data", "x/pets.tar", *settings(*items))
+        [step] = [s["step"] for s in planned("evaluate", uri, *flags) if s["step"].startswith("evaluate")]
+        return step.split("/")[1].partition("px")[2]
+
+    assert kinds(head) == "" and kinds(backbone) == "-knn-linear-speed"
+    only = 'data.splits=["val"]'
+    assert kinds(head, only) == "-classification-speed" and kinds(backbone, only) == "-speed"
+
+
 def itpn(*arguments: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments, "--json"],
@@ -188,11 +232,14 @@ def test_from_a_published_file_to_rows_and_again_by_name(tmp_path: Path) -> None
 
     judged = itpn("evaluate", tuned[0], "--root", root, *settings("gpus_per_worker=0"))
     assert [s["reused"] for s in judged["steps"] if s["step"].startswith("shard")] == [True]
-    assert any(row["metric"] == "top1" for row in judged["results"])
+    speed = {"images_per_s", "latency_p50_ms", "latency_p99_ms", "peak_memory_bytes", "flops"}
+    assert {row["metric"] for row in judged["results"]} >= {
+        "top1", "top5", "loss", "ece", "knn_top1", "linear_top1", *speed,
+    }  # fmt: skip
 
     probed = itpn(
         "evaluate", str(moved), "--root", root, "--data", str(images), *settings("gpus_per_worker=0")
     )
-    assert {row["metric"] for row in probed["results"]} == {"knn_top1", "linear_top1"}, (
+    assert {row["metric"] for row in probed["results"]} == {"knn_top1", "linear_top1", *speed}, (
         "a backbone has features to judge"
     )
