@@ -7,9 +7,11 @@ Each is a step of its own, so adding one later leaves what is finished as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+from cluster.errors import ConfigError
 from cluster.resources import Resources
 from pipeline import preflight
 from pipeline.recipes._chain import shard_step
@@ -21,6 +23,7 @@ from stages.evaluate.label_space import ORIGINS
 from stages.shard.config import ShardConfig
 
 REAL = "imagenet-real"
+SUBSETS = ("imagenet-a", "imagenet-r")  # 200 of the 1000 classes, which only names can tell
 
 
 class OtherSets(Config):
@@ -58,14 +61,45 @@ def also_on(evaluations: Sequence[Step], also: OtherSets, version: str, resource
     return steps
 
 
+def refuse_heads_that_do_not_fit(also: OtherSets, description: Mapping[str, Any], named: bool) -> None:
+    """Raise ConfigError for a checkpoint that cannot be evaluated on the sets as it is.
+
+    Args:
+        description: what its `config.json` says, or its shapes.
+        named: whether the recipe names the classes of its head.
+    """
+    given = also.given()
+    leave = f"leave them out: {' '.join(f'--set also.{_field(name)}=' for name in given)}"
+    if given and not description.get("num_classes"):
+        raise ConfigError(
+            f"{', '.join(given)} need a classifier",
+            expected="weights with a head, of fine-tuning",
+            found="weights without one, of pre-training",
+            remedy=f"fine-tune it first (itpn finetune), or {leave}",
+        )
+    subsets = [name for name in given if name in SUBSETS]
+    if subsets and not named and not description.get("classes"):
+        raise ConfigError(
+            f"{', '.join(subsets)} have some of the head's classes, and the checkpoint does not name its classes",
+            expected="names of the classes, WordNet ids",
+            found=f"a head of {description['num_classes']} classes without names",
+            remedy="name them with `--classes FILE` of itpn evaluate, or --set evaluate.classes=FILE (a WordNet id "
+            "first on each line, in the head's order: LOC_synset_mapping.txt)",
+        )
+
+
 def other_requirements(also: OtherSets) -> list[preflight.Requirement]:
     """Every set that was named is there."""
     return [
         preflight.readable(
             name,
             uri,
-            f"--set also.{name.replace('-', '_')}=URI of {ORIGINS[name]}",
+            f"--set also.{_field(name)}=URI of {ORIGINS[name]}",
             "evaluate" if name == REAL else "shard",
         )
         for name, uri in also.given().items()
     ]
+
+
+def _field(name: str) -> str:
+    return name.replace("-", "_")

@@ -20,7 +20,7 @@ from pipeline import preflight
 from pipeline.recipes._chain import at_size, evaluate_step
 from pipeline.recipes._downstream import FromCheckpoints, data_step, from_checkpoints_requirements, starts
 from pipeline.recipes._imagenet import WHOLE_IMAGE_FROM
-from pipeline.recipes._other_sets import also_on
+from pipeline.recipes._other_sets import also_on, refuse_heads_that_do_not_fit
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
 from stages.evaluate.config import Classification, EvaluateConfig, Evaluator, Knn, Linear, Speed
@@ -70,8 +70,27 @@ def build(config: Recipe) -> list[Step]:
 
 
 def requirements(config: Recipe, address: str | None) -> list[preflight.Requirement]:
-    """A GPU, the data set, the checkpoints."""
-    return from_checkpoints_requirements(config, address)
+    """A GPU, the data set, the checkpoints, and heads that fit the further sets."""
+    heads = [_head(config, name) for name in config.checkpoints if config.also.given()]
+    return [*from_checkpoints_requirements(config, address), *heads]
+
+
+def _head(config: Recipe, name: str) -> preflight.Requirement:
+    """Found out before a data set is sharded for an evaluation that cannot be."""
+
+    def check() -> str:
+        from stages.adopt.outside import examine, weights_file  # torch, which a plan does without
+
+        source = config.checkpoints[name]
+        weights = weights_file(source.uri) if source.uri else None
+        if weights is None:
+            return "not there to be looked at"  # which is a finding of its own
+        description = examine(weights, ema=source.ema).config
+        named = bool(source.classes or config.evaluate.classes)
+        refuse_heads_that_do_not_fit(config.also, description, named)
+        return f"{description.get('num_classes', 0)} classes"
+
+    return preflight.Requirement(f"head of {name}", check, frozenset({"evaluate"}))
 
 
 def _how(config: Recipe) -> str:

@@ -194,6 +194,29 @@ def test_what_is_measured_follows_the_checkpoint_and_the_data(tmp_path: Path) ->
     assert kinds(head, only) == "-classification-speed" and kinds(backbone, only) == "-speed"
 
 
+def test_heads_that_do_not_fit_further_sets_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    head, backbone = published(tmp_path / "a.pth", SMALL, classes=3), published(tmp_path / "b.pth", SMALL)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "file").write_text("x")
+    (tmp_path / "names.txt").write_text("n01\nn02\nn03\n")
+
+    def told(uri: str, *sets: str, more: tuple[str, ...] = ()) -> str:
+        items = settings(*(f"also.imagenet_{name}={tmp_path / 'images'}" for name in sets))
+        # The GPUs that are asked for are the one thing that is always missing.
+        items += settings("gpus_per_worker=1000")
+        return refused("evaluate", uri, "--root", str(tmp_path / "r"), "--data", str(tmp_path), *items, *more)
+
+    assert "imagenet-a, imagenet-r have some of the head's classes" in (found := told(head, "a", "r", "v2"))
+    assert "`--classes FILE` of itpn evaluate" in found
+    assert "head of" not in told(head, "sketch", "v2"), "as many classes in one order"
+    assert "head of" not in told(head, "a", more=("--classes", str(tmp_path / "names.txt")))
+    assert "head of" not in told(head, "a", more=("--set", f"evaluate.classes={tmp_path / 'names.txt'}"))
+    found = told(backbone, "sketch", "v2")
+    assert "imagenet-v2, imagenet-sketch need a classifier" in found
+    assert "--set also.imagenet_v2= --set also.imagenet_sketch=" in found
+    assert "head of" not in told(backbone)
+
+
 def itpn(*arguments: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments, "--json"],
