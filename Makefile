@@ -13,7 +13,7 @@ ROOT ?= $(if $(filter s3,$(STORE)),s3://itpn/demo,runs/demo)
 S3_DIR ?= runs/s3
 SET ?=
 DOWNSTREAM = --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" --data "$(if $(DATA),$(DATA),$(IMAGENET))" \
-  $(if $(CLASSES),--classes "$(CLASSES)")
+  $(if $(CLASSES),--classes "$(CLASSES)") $(if $(EMA),--ema)
 FLAGS = $(foreach value,$(SET),--set '$(value)')
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -67,10 +67,10 @@ pretrain-tiny pretrain-small pretrain-base pretrain-large: pretrain-%: $(READY) 
 	@$(BIN)/itpn run pretrain_$* --root "$(if $(filter file default,$(origin ROOT)),,$(ROOT))" \
 	  $(if $(IMAGENET),--set data.source=$(IMAGENET)) $(if $(TEACHER),--set pretrain.teacher.uri=$(TEACHER)) $(FLAGS)
 
-finetune: $(READY) ## fine-tune and evaluate: CHECKPOINT=file, alias, step or sha256, ROOT=URI [DATA=URI or IMAGENET=URI, CLASSES=FILE, SET="a.b=c …"]
+finetune: $(READY) ## fine-tune and evaluate: CHECKPOINT=file, alias, step or sha256, ROOT=URI [DATA=URI or IMAGENET=URI, CLASSES=FILE, EMA=1, SET="a.b=c …"]
 	@$(BIN)/itpn finetune "$(CHECKPOINT)" $(DOWNSTREAM) $(if $(RECIPE),--recipe $(RECIPE)) $(FLAGS)
 
-evaluate: $(READY) ## evaluate a classifier: CHECKPOINT=…, ROOT=URI [DATA=URI or IMAGENET=URI, CLASSES=FILE, SET="a.b=c …"]
+evaluate: $(READY) ## every measurement of a checkpoint: CHECKPOINT=…, ROOT=URI [DATA=URI or IMAGENET=URI, CLASSES=FILE, EMA=1, SET="a.b=c …"]
 	@$(BIN)/itpn evaluate "$(CHECKPOINT)" $(DOWNSTREAM) $(FLAGS)
 
 lock: ## pin what is installed in .venv now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,20 @@ def test_heads_that_do_not_fit_further_sets_are_refused_before_anything_runs(tmp
     assert "imagenet-v2, imagenet-sketch need a classifier" in found
     assert "--set also.imagenet_v2= --set also.imagenet_sketch=" in found
     assert "head of" not in told(backbone)
+
+
+@pytest.mark.parametrize("target", ["finetune", "evaluate"])
+def test_make_hands_on_what_the_command_takes(target: str) -> None:
+    def command(*values: str) -> list[str]:
+        given = ["make", "-n", target, "CHECKPOINT=a.pth", "ROOT=r", *values]
+        done = subprocess.run(given, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        [line] = [line for line in done.stdout.replace("\\\n", "").splitlines() if f"itpn {target}" in line]
+        return shlex.split(line)[2:]
+
+    plain = ["a.pth", "--root", "r", "--data", ""]
+    assert command() == plain
+    more = command("CLASSES=my names.txt", "EMA=1", "SET=a.b=1 c=[2]")
+    assert more == [*plain, "--classes", "my names.txt", "--ema", "--set", "a.b=1", "--set", "c=[2]"]
 
 
 def itpn(*arguments: str) -> dict:
