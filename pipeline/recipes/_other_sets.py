@@ -72,7 +72,7 @@ def refuse_heads_that_do_not_fit(also: OtherSets, description: Mapping[str, Any]
     leave = f"leave them out: {' '.join(f'--set also.{_field(name)}=' for name in given)}"
     if given and not description.get("num_classes"):
         raise ConfigError(
-            f"{', '.join(given)} need a classifier",
+            f"a backbone cannot be evaluated on {', '.join(given)}",
             expected="weights with a head, of fine-tuning",
             found="weights without one, of pre-training",
             remedy=f"fine-tune it first (itpn finetune), or {leave}",
@@ -80,7 +80,7 @@ def refuse_heads_that_do_not_fit(also: OtherSets, description: Mapping[str, Any]
     subsets = [name for name in given if name in SUBSETS]
     if subsets and not named and not description.get("classes"):
         raise ConfigError(
-            f"{', '.join(subsets)} have some of the head's classes, and the checkpoint does not name its classes",
+            f"to find the classes of {', '.join(subsets)} among those of the head, the head must name its own",
             expected="names of the classes, WordNet ids",
             found=f"a head of {description['num_classes']} classes without names",
             remedy="name them with `--classes FILE` of itpn evaluate, or --set evaluate.classes=FILE (a WordNet id "

@@ -207,13 +207,15 @@ def test_heads_that_do_not_fit_further_sets_are_refused_before_anything_runs(tmp
         items += settings("gpus_per_worker=1000")
         return refused("evaluate", uri, "--root", str(tmp_path / "r"), "--data", str(tmp_path), *items, *more)
 
-    assert "imagenet-a, imagenet-r have some of the head's classes" in (found := told(head, "a", "r", "v2"))
+    assert "the classes of imagenet-a, imagenet-r among those of the head" in (
+        found := told(head, "a", "r", "v2")
+    )
     assert "`--classes FILE` of itpn evaluate" in found
     assert "head of" not in told(head, "sketch", "v2"), "as many classes in one order"
     assert "head of" not in told(head, "a", more=("--classes", str(tmp_path / "names.txt")))
     assert "head of" not in told(head, "a", more=("--set", f"evaluate.classes={tmp_path / 'names.txt'}"))
     found = told(backbone, "sketch", "v2")
-    assert "imagenet-v2, imagenet-sketch need a classifier" in found
+    assert "cannot be evaluated on imagenet-v2, imagenet-sketch" in found
     assert "--set also.imagenet_v2= --set also.imagenet_sketch=" in found
     assert "head of" not in told(backbone)
 
