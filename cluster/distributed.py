@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, portable
 from cluster.rendezvous import open_store
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
         try:
             result = (True, fn())
         except Exception as error:
-            result = (False, error)
+            result = (False, portable(error))
     ok, value = broadcast_object(result)
     if not ok:
         raise value

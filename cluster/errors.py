@@ -6,6 +6,8 @@ Exit codes: 1 a step failed, 2 bad config or failed preflight, 3 lease held, 4 s
 
 from __future__ import annotations
 
+import pickle
+
 
 class ItpnError(Exception):
     """Base of every error that is told to the user.
@@ -113,3 +115,12 @@ class Stopped(ItpnError):
     """The work was asked to stop (SIGTERM, preemption) and has saved its state; it is not finished."""
 
     exit_code = 0
+
+
+def portable(error: Exception) -> Exception:
+    """The error itself if another process could raise it (it survives pickling), else a StepFailed that tells it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return StepFailed(f"{type(error).__name__}: {error}")
+    return error

@@ -33,26 +33,27 @@ def folder(parent: str | os.PathLike[str] | None = None) -> Path:
     with _guard:
         if key not in _mine or not _mine[key].exists():
             base.mkdir(parents=True, exist_ok=True)
-            host = (
-                socket.gethostname()
-            )  # `base` may be shared with other hosts, whose locks are not ours to judge
+            host = socket.gethostname()  # other hosts may share `base`; their locks are not ours to judge
             with _held(base / f"{host}{_LOCK}"):  # nobody sweeps between making a folder and locking it
                 _sweep(base, host)
                 made = Path(tempfile.mkdtemp(prefix=f"{host}-", dir=base))
-                descriptor = os.open(
-                    made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600
-                )  # open until the process ends
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                descriptor = os.open(made / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # and kept open until the process ends
             _mine[key] = made
             atexit.register(_remove, os.getpid(), made)
         return _mine[key]
 
 
 def _sweep(base: Path, host: str) -> None:
-    """Remove the folders of this host whose process is gone."""
+    """Remove the folders of this host whose process is gone.
+
+    One without a lock file is left: a cleaner of old files may have taken that of a process that is at work.
+    """
     for found in base.glob(f"{host}-*"):
-        with suppress(OSError):  # locked (it is in use), or gone meanwhile
-            descriptor = os.open(found / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        if found.name.rpartition("-")[0] != host:  # node-1's, seen from node
+            continue
+        with suppress(OSError):  # locked (it is in use), without a lock file, or gone meanwhile
+            descriptor = os.open(found / _LOCK, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(found, ignore_errors=True)

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import math
 import os
-import pickle
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cluster.errors import StepFailed, WorkerLost
+from cluster.errors import WorkerLost, portable
 
 _PATIENCE_S = 5.0
 _AHEAD = 2  # results that wait, per thread or process
@@ -128,16 +127,7 @@ class _Calls(Dataset):
         try:
             return self._function(argument)
         except Exception as error:
-            return Failure(_portable(error))
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself if it survives pickling; one that does not would be lost in the queue."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return StepFailed(f"a data loader process failed: {type(error).__name__}: {error}")
-    return error
+            return Failure(portable(error))
 
 
 def _settle(worker: int) -> None:
@@ -147,6 +137,12 @@ def _settle(worker: int) -> None:
     # The queue's thread may still hand a batch over when the feed is closed. Python's end would unwind it inside
     # torch's C++ code, which aborts the process; multiprocessing has flushed and cleaned up when this is reached.
     atexit.register(os._exit, 0)
+
+
+def _exit_codes(iterator: Any) -> list[str]:
+    """Of the DataLoader's processes that have failed: a negative one is the signal that killed it."""
+    codes = [process.exitcode for process in getattr(iterator, "_workers", [])]
+    return [f"exit code {code}" for code in codes if code]
 
 
 def _in_processes(
@@ -174,7 +170,7 @@ def _in_processes(
                 raise
             raise WorkerLost(
                 "a data loader process died",
-                found=f"{type(error).__name__}: {error}",
+                found="; ".join([f"{type(error).__name__}: {error}", *_exit_codes(iterator)]),
                 remedy="most often it was killed for memory: lower loader_workers, or give the job more; "
                 "'bus error' means that /dev/shm is too small",
             ) from error

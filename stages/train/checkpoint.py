@@ -101,7 +101,8 @@ class Checkpoints:
             return
         began = time.monotonic()
         error = self._upload.exception()
-        mine = error or self._upload.result()
+        # As an error of ours: others might not survive the way to the other ranks.
+        mine = _write_failed(self._header["step"], self.world.rank, error) if error else self._upload.result()
         parts = distributed.gather_objects(mine)
         self._upload = None
         for rank, part in enumerate(parts):

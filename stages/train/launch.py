@@ -66,6 +66,11 @@ def world_sizes(resources: Resources, loop: LoopConfig, streams: int) -> list[in
             remedy=f"the nearest that can: {' or '.join(str(n) for n in below + above)}; streams and batch are part "
             "of a run's identity and are chosen before it begins",
         )
+    engine = loop.engine
+    if engine.precision == "bf16" and engine.zero_stage == 0 and engine.micro_batch is not None:
+        # Fewer ranks would have to cut their share into pieces, which the engine refuses there (zero.py).
+        whole = [n for n in fitting if loop.global_batch // n <= engine.micro_batch]
+        return whole or fitting  # none: the engine says why
     return fitting
 
 

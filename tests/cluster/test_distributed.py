@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from cluster import distributed
+from cluster.errors import ConfigError, StepFailed, portable
 
 
 def test_port_of_a_process_alone_is_forgotten(monkeypatch) -> None:
@@ -37,3 +38,12 @@ def test_port_that_was_given_stays(monkeypatch) -> None:
     distributed.init(use_gpu=False)
     distributed.shutdown()
     assert os.environ["MASTER_PORT"] == given
+
+
+def test_errors_that_cannot_travel_are_told_in_words() -> None:
+    class Local(Exception):  # a class that another process cannot import
+        pass
+
+    assert isinstance(portable(Local("full")), StepFailed) and "Local: full" in str(portable(Local("full")))
+    known = ConfigError("wrong", expected=1, found=2)
+    assert portable(known) is known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,14 @@ def test_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_
     assert (alive / "file").exists() and mine.parent == alive.parent
     living.communicate("end\n")
     assert living.returncode == 0 and not alive.exists(), "an orderly end leaves nothing"
+
+
+def test_what_may_be_alive_is_left(tmp_path):
+    living, alive = start(tmp_path)
+    (alive / ".lock").unlink()  # a cleaner of old files took it
+    neighbour = alive.parent / f"{socket.gethostname()}-1-abc"  # of a host whose name begins like ours
+    neighbour.mkdir()
+    (neighbour / ".lock").touch()
+    scratch._sweep(alive.parent, socket.gethostname())
+    assert (alive / "file").exists() and neighbour.exists()
+    living.communicate("end\n")

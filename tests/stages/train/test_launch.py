@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from cluster.errors import ConfigError
@@ -10,7 +12,7 @@ from stages.train.config import EngineConfig, LoopConfig, ScheduleConfig
 from stages.train.launch import world_sizes
 
 
-def loop(batch: int, **engine: int) -> LoopConfig:
+def loop(batch: int, **engine: Any) -> LoopConfig:
     return LoopConfig(schedule=ScheduleConfig(steps=1), global_batch=batch, engine=EngineConfig(**engine))
 
 
@@ -18,6 +20,13 @@ def test_every_divisor_of_streams_and_batch_will_do_whatever_the_micro_batch() -
     elastic = Resources(workers=64, min_workers=3)
     assert world_sizes(elastic, loop(2048, micro_batch=48), streams=64) == [4, 8, 16, 32, 64]
     assert world_sizes(Resources(workers=8, min_workers=1), loop(12), streams=6) == [1, 2, 3, 6]
+
+
+def test_elastic_group_does_not_shrink_to_what_the_engine_refuses() -> None:
+    elastic = Resources(workers=8, min_workers=1)
+    engine = {"precision": "bf16", "zero_stage": 0, "micro_batch": 16}
+    assert world_sizes(elastic, loop(64, **engine), streams=8) == [4, 8]
+    assert world_sizes(elastic, loop(64, **engine | {"zero_stage": 1}), streams=8) == [1, 2, 4, 8]
 
 
 def test_fixed_number_of_ranks_that_fits_is_taken() -> None:
