@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 
 from cluster import storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
@@ -11,6 +13,11 @@ _FORMAT = (
     "one class (WordNet id) first on each line in index order, as in Kaggle's LOC_synset_mapping.txt, or the "
     "manifest.json of the data set that the classifier was trained on"
 )
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """Names that occur more than once, as ImageNet's English "crane" and "maillot" do."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def read_pinned(uri: str, sha256: str | None) -> bytes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster import distributed
 
-CHUNK = 16384  # rows that are worked on at once; 16384 × 1024 similarities are 64 MB
+CHUNK = 16384  # rows that are worked on at once; 16384 × 1024 similarities in float64 are 128 MB, and as much again to rank them
 
 
 @dataclass(frozen=True)

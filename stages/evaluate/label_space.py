@@ -10,13 +10,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.errors import ConfigError
+from stages.data.class_names import repeated
 
 _SHOWN = 5
+_WNID = re.compile(r"n\d{8}")
 # Where the sets come from whose labels are known here, by the names that recipes give them.
 ORIGINS = {
     "imagenet-real": "real.json of https://github.com/google-research/reassessed-imagenet",
@@ -46,6 +49,11 @@ class LabelSpace:
         return len(self.index) < self.rows
 
 
+def are_wnids(names: Sequence[str]) -> bool:
+    """Whether all are WordNet ids, whose order by name is what published class indices count."""
+    return all(_WNID.fullmatch(name) for name in names)
+
+
 def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, rows: int) -> LabelSpace:
     """Find the head's row of every class of the data set.
 
@@ -55,8 +63,19 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
         names: the classifier's classes in index order, if they are known.
         rows: of the head.
 
-    Raises ConfigError when a class has no row, or the classes cannot be compared.
+    Raises ConfigError when a class has no row, or the classes cannot be compared: names repeat, or numbers would
+    count names that are no WordNet ids.
     """
+    if names is not None and list(classes) == list(names):
+        return LabelSpace(tuple(range(rows)), "name", rows)
+    if names is not None and (twice := repeated(names) or repeated(classes)):
+        raise ConfigError(
+            f"classes of the classifier or of '{dataset}' cannot be told apart by name",
+            expected="different names",
+            found=f"repeated: {', '.join(twice[:_SHOWN])}",
+            remedy="evaluate on data of the same classes in the same order, or on class folders with WordNet ids with "
+            "a classifier that was fine-tuned on such",
+        )
     row = {name: index for index, name in enumerate(names or ())}
     origin = f"; '{dataset}' is {ORIGINS[dataset]}" if dataset in ORIGINS else ""
     if set(classes) <= row.keys():
@@ -64,7 +83,15 @@ def match(dataset: str, classes: Sequence[str], names: Sequence[str] | None, row
     if all(name.isdecimal() and str(int(name)) == name for name in classes):
         numbers = [int(name) for name in classes]
         if sorted(numbers) == list(range(rows)):
-            # Numbers count the names in their order, whatever the order of the head.
+            if names is not None and not are_wnids(names):
+                raise ConfigError(
+                    f"the class folders of '{dataset}' are numbers, and the classifier's names do not tell which",
+                    expected="WordNet ids such as n01440764, whose order the numbers count",
+                    found=", ".join(list(names)[:_SHOWN]),
+                    remedy="fine-tune on class folders with WordNet ids, or adopt the weights without class names and "
+                    f"name them by WordNet id: {CLASSES_REMEDY}{origin}",
+                )
+            # Numbers count the WordNet ids in their order, whatever the order of the head.
             order = [row[name] for name in sorted(names)] if names is not None else range(rows)
             return LabelSpace(tuple(order[number] for number in numbers), "number", rows)
         raise ConfigError(

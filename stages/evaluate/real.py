@@ -19,10 +19,11 @@ from cluster import distributed, storage
 from cluster.errors import ConfigError, DataInvalid, NotFound
 from stages.data.class_names import read_pinned
 from stages.evaluate.found import Values
-from stages.evaluate.label_space import ORIGINS, LabelSpace
+from stages.evaluate.label_space import CLASSES_REMEDY, ORIGINS, LabelSpace, are_wnids
 
 SOURCE = ORIGINS["imagenet-real"]
-_KEY = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})", re.IGNORECASE)
+IMAGENET = 1000  # classes
+_KEY = re.compile(r"(?:.*/)?ILSVRC2012_val_(\d{8})(?:_n\d{8})?", re.IGNORECASE)
 _FORMAT = "a JSON list with a list of class indices for each of the 50,000 validation images"
 
 
@@ -69,6 +70,26 @@ def read_labels(uri: str, sha256: str | None, classes: int) -> tuple[list[frozen
     return labels, storage.sha256_bytes(data)
 
 
+def label_order(classes: Sequence[str]) -> list[int]:
+    """The data set's class for each of ReaL's labels, which count ImageNet-1K's WordNet ids in their order.
+
+    Raises ConfigError when the class names are neither WordNet ids nor the numbers 0 … 999.
+    """
+    if are_wnids(classes):
+        return sorted(range(len(classes)), key=lambda i: classes[i])
+    if len(classes) == IMAGENET and all(name.isdecimal() for name in classes):
+        order = sorted(range(IMAGENET), key=lambda i: int(classes[i]))
+        if [int(classes[i]) for i in order] == list(range(IMAGENET)):
+            return order
+    raise ConfigError(
+        "the names of the data set's classes do not tell which labels of ImageNet-ReaL they are",
+        expected="class folders with WordNet ids such as n01440764, or all the numbers 0 to 999",
+        found=f"{len(classes)} classes: {', '.join(list(classes)[:5])}",
+        remedy="shard ImageNet's validation images in folders of WordNet ids; a classifier that does not name its "
+        f"classes so gets the names with {CLASSES_REMEDY}",
+    )
+
+
 class RealMeter:
     """Takes the logits of batches of ImageNet's validation split, then yields `top1` over the labelled images.
 
@@ -103,12 +124,8 @@ class RealMeter:
             if space.is_subset
             else []
         )
-        named = sorted(
-            range(len(classes)), key=lambda i: int(classes[i]) if space.how == "number" else classes[i]
-        )
-        self.index = torch.tensor(
-            [space.index[i] for i in named], device=device
-        )  # ReaL's label -> the head's row
+        # ReaL's label -> the head's row
+        self.index = torch.tensor([space.index[i] for i in label_order(classes)], device=device)
         self.counts = torch.zeros(3, dtype=torch.int64)  # samples, those with a label, hits
 
     def update(self, batch: Any, logits_BK: Tensor) -> None:

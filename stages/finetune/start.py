@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.errors import ConfigError
+from stages.data.class_names import repeated
 from stages.model import load_backbone_into
 from stages.model.files import local_copy
 from stages.model.io import read_described
@@ -28,7 +30,8 @@ def start_from(module: Any, uri: str, sha256: str, classes: Sequence[str]) -> li
         sha256: what the file must be.
         classes: names of the module's classes in index order.
 
-    Raises DataInvalid when the file is another one, or its backbone does not fit.
+    Raises DataInvalid when the file is another one, or its backbone does not fit; ConfigError when a class that
+    both have is named twice.
     """
     with local_copy(uri, sha256=sha256) as path:
         state, config = read_described(uri, path)
@@ -54,8 +57,19 @@ def start_from(module: Any, uri: str, sha256: str, classes: Sequence[str]) -> li
 @torch.no_grad()
 def _remap(module: Any, head: dict[str, Tensor], theirs: Sequence[str], ours: Sequence[str]) -> str:
     """Copy the head's rows of the classes that both have; returns the note."""
-    row = {name: index for index, name in enumerate(theirs)}
-    both = [(index, row[name]) for index, name in enumerate(ours) if name in row]
+    if list(theirs) == list(ours):
+        both = [(index, index) for index in range(len(ours))]
+    else:
+        twice = [name for name in repeated(theirs) + repeated(ours) if name in theirs and name in ours]
+        if twice:
+            raise ConfigError(
+                "classes of the checkpoint's head and of the data set cannot be told apart by name",
+                expected="different names",
+                found=f"repeated: {', '.join(twice[:5])}",
+                remedy="fine-tune on class folders with WordNet ids, or from a checkpoint without class names",
+            )
+        row = {name: index for index, name in enumerate(theirs)}
+        both = [(index, row[name]) for index, name in enumerate(ours) if name in row]
     if both:
         to, source = (torch.tensor(part) for part in zip(*both, strict=True))
         for name, value in head.items():

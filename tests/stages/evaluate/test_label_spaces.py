@@ -14,6 +14,7 @@ from stages.context import StageContext
 from stages.data.class_names import read_class_names
 from stages.data.dataset import ShardDataset
 from stages.evaluate.label_space import match
+from stages.evaluate.real import label_order
 from stages.evaluate.stage import run
 from tests.stages.evaluate import models
 from tests.stages.images import jpeg, picture, shard_folder
@@ -287,3 +288,38 @@ def test_wrong_files_of_class_names_are_told(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises((ConfigError, DataInvalid), match=message):
         read_class_names(str(file), 12)
+
+
+def test_numbers_do_not_count_names_that_are_no_wordnet_ids():
+    """English names sort in another order than the WordNet ids that V2's folders count."""
+    english = ["tench", "goldfish", "great white shark", *(f"fish {i}" for i in range(9))]
+    with pytest.raises(ConfigError, match="do not tell which") as told:
+        match("imagenet-v2", [str(i) for i in range(12)], english, 12)
+    assert "WordNet ids" in told.value.expected and "--classes FILE" in told.value.remedy
+
+
+def test_classes_of_one_name_are_not_merged():
+    birds = ["kite", "crane", "limpkin", "crane"]
+    assert match("imagenet-1k", birds, birds, 4).index == (0, 1, 2, 3)
+    for classes, names in ((birds[::-1], birds), (birds, birds[:3]), (["kite", "crane"], birds)):
+        with pytest.raises(ConfigError, match="told apart") as told:
+            match("imagenet-1k", classes, names, len(names))
+        assert "crane" in told.value.found
+
+
+def test_labels_of_real_need_names_that_tell_their_order():
+    assert label_order(WNIDS[::-1]) == list(range(12))[::-1]
+    numbers = sorted(str(i) for i in range(1000))
+    assert [numbers[i] for i in label_order(numbers)] == [str(i) for i in range(1000)]
+    for unclear in (["tench", "goldfish"], [str(i) for i in range(12)], numbers[:-1] + ["1000"]):
+        with pytest.raises(ConfigError, match="do not tell which labels"):
+            label_order(unclear)
+
+
+def test_real_takes_names_of_images_with_the_class_behind_the_number(classifier, tmp_path):
+    """As Kaggle's and Hugging Face's copies name them: ILSVRC2012_val_00000001_n01751748."""
+    data = shard(tmp_path, write(tmp_path / "val", WNIDS, "ILSVRC2012_val_{:08d}_n01751748.JPEG"), "imagenet")
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps([list(range(12))] * 36))
+    outcome = evaluate(data, classifier, tmp_path / "out", {"kind": "real", "labels": str(file)})
+    assert outcome.metrics == {"top1": 100.0}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cluster import storage
-from cluster.errors import DataInvalid
+from cluster.errors import ConfigError, DataInvalid
 from stages.finetune.start import start_from
 from stages.model import BackboneConfig, Classifier, MaskedFeatureModel, ObjectiveConfig, load, save_model
 
@@ -46,6 +46,17 @@ def test_head_rows_are_copied_by_class_name(tmp_path: Path) -> None:
     assert torch.equal(small.head.bias[[0, 2]], big.head.bias[[3, 1]])
     assert torch.equal(small.head.weight[1], before[1]), "a class that only we have keeps its initial row"
     assert notes == ["head: 2 of 3 classes copied by name, 1 initialised anew"]
+
+
+def test_classes_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    birds = ["kite", "crane", "limpkin", "crane"]
+    theirs, same, other = classifier(birds), classifier(birds), classifier(["crane", "kite"])
+    uri, sha256 = save(tmp_path, theirs)
+    start_from(same, uri, sha256, classes=birds)
+    assert torch.equal(same.head.weight, theirs.head.weight)
+    with pytest.raises(ConfigError, match="told apart") as told:
+        start_from(other, uri, sha256, classes=other.classes)
+    assert "crane" in told.value.found and "kite" not in told.value.found
 
 
 def test_equal_number_of_other_classes_does_not_pass_for_the_same_head(tmp_path: Path) -> None:
