@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, cast
 
 from cluster import distributed, scratch
-from cluster.errors import ConfigError, Stopped, StorageUnavailable, WorkerLost
+from cluster.errors import ConfigError, Stopped, StorageRefused, StorageUnavailable, WorkerLost
 from cluster.losses import Restarts, cause_of, told
 from cluster.resources import Resources, cpu_count
 
@@ -192,6 +192,8 @@ class RayExecutor:
                         ) from None
                     if not restarts.grant(error, time.monotonic() - began):
                         raise
+                except StorageRefused:
+                    raise  # no rights, no room: another start would meet it again
                 except StorageUnavailable as error:
                     if order.given.is_set() or not restarts.grant(error, time.monotonic() - began):
                         raise

@@ -30,6 +30,7 @@ from cluster.errors import (
     LeaseHeld,
     StepFailed,
     Stopped,
+    StorageRefused,
     StorageUnavailable,
     WorkerLost,
 )
@@ -251,6 +252,9 @@ class Runner:
                 try:
                     self._claim_inputs(step)
                     return self._attempt(step, lease)
+                except StorageRefused as error:  # no rights, no room: another start would meet it again
+                    self._write_failure(step, error)
+                    raise
                 except (WorkerLost, StorageUnavailable, Stopped) as error:
                     # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
                     if self._stopping.is_set():

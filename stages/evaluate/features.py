@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cluster import distributed
 
-CHUNK = 16384  # rows that are worked on at once; 16384 × 1024 similarities in float64 are 128 MB, and as much again to rank them
+# Rows that are worked on at once: 16384 × 1024 similarities in float64 are 128 MB, and as much again to rank them.
+CHUNK = 16384
 
 
 @dataclass(frozen=True)

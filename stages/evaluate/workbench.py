@@ -76,10 +76,11 @@ class Workbench:
         return self.weights.class_names
 
     def class_facts(self) -> dict[str, str]:
-        """What identifies class names that came from a file."""
-        if self.weights.class_names is None and self.config.classes:
-            return {"classes_sha256": storage.sha256_bytes(storage.read_bytes(self.config.classes))}
-        return {}
+        """What identifies the class names that the head's rows were taken for; the same weights may be given others."""
+        names = self.class_names()
+        return (
+            {} if names is None else {"classes_sha256": storage.sha256_bytes(storage.canonical_json(names))}
+        )
 
     def model(self, setting: Setting) -> nn.Module:
         """The model of a setting, on the device."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from cluster.errors import ItpnError, StepFailed, StorageUnavailable, WorkerLost
+from cluster.errors import ItpnError, StepFailed, StorageRefused, StorageUnavailable, WorkerLost
 from cluster.resources import Resources
 from pipeline.runner import Runner, State, StepStatus
 from stages.artifacts import Outcome
@@ -57,12 +57,13 @@ def test_group_was_restarted_by_its_executor_so_only_retries_remain(tmp_path) ->
     assert status.state is State.DONE and len(attempts) == 2
 
 
-def test_error_that_a_worker_raised_itself_ends_the_step_at_once(tmp_path) -> None:
-    status, attempts = run(tmp_path, [FULL], retries=5)
+@pytest.mark.parametrize("error", [FULL, StorageRefused("no room at the root")])
+def test_error_that_another_start_would_meet_again_ends_the_step_at_once(tmp_path, error) -> None:
+    status, attempts = run(tmp_path, [error], retries=5)
     assert status.state is State.FAILED and len(attempts) == 1
-    assert status.error is FULL
+    assert status.error is error
     told = storage.read_json(f"{status.step.output(str(tmp_path))}/failure.json")
-    assert told["error"] == str(FULL) and told["exit_code"] == 1
+    assert told["error"] == str(error) and told["exit_code"] == error.exit_code
 
 
 def test_cost_of_an_elastic_run_counts_each_group_by_its_size(tmp_path) -> None:

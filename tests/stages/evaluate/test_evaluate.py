@@ -38,9 +38,11 @@ SPEED = ("images_per_s", "latency_p50_ms", "latency_p99_ms", "peak_memory_bytes"
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetRef:
     """7 classes and 35 images in each split: neither 2 nor 3 processes share them evenly, nor do batches of 4.
 
-    The images of `val` bear the names of ImageNet's.
+    The images of `val` bear the names of ImageNet's, the folders WordNet ids.
     """
     images = write_image_folder(tmp_path_factory.mktemp("images"), classes=CLASSES, train=5, val=5)
+    for folder in images.glob("*/class_*"):
+        folder.rename(folder.with_name(f"n{int(folder.name.removeprefix('class_')):08d}"))
     for number, path in enumerate(sorted((images / "val").rglob("*.jpg")), 1):
         path.rename(path.with_name(f"ILSVRC2012_val_{number:08d}.JPEG"))
     return shard_folder(images, tmp_path_factory.mktemp("shards"), shard_samples=8)

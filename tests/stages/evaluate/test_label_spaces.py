@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stages.data.dataset import ShardDataset
 from stages.evaluate.label_space import match
 from stages.evaluate.real import label_order
 from stages.evaluate.stage import run
+from stages.evaluate.workbench import Workbench
 from tests.stages.evaluate import models
 from tests.stages.images import jpeg, picture, shard_folder
 
@@ -311,7 +313,7 @@ def test_labels_of_real_need_names_that_tell_their_order():
     assert label_order(WNIDS[::-1]) == list(range(12))[::-1]
     numbers = sorted(str(i) for i in range(1000))
     assert [numbers[i] for i in label_order(numbers)] == [str(i) for i in range(1000)]
-    for unclear in (["tench", "goldfish"], [str(i) for i in range(12)], numbers[:-1] + ["1000"]):
+    for unclear in (["tench", "goldfish"], [str(i) for i in range(12)], [*numbers[:-1], "1000"]):
         with pytest.raises(ConfigError, match="do not tell which labels"):
             label_order(unclear)
 
@@ -323,3 +325,11 @@ def test_real_takes_names_of_images_with_the_class_behind_the_number(classifier,
     file.write_text(json.dumps([list(range(12))] * 36))
     outcome = evaluate(data, classifier, tmp_path / "out", {"kind": "real", "labels": str(file)})
     assert outcome.metrics == {"top1": 100.0}
+
+
+def test_the_same_weights_with_other_class_names_are_other_results():
+    def facts(names: list[str] | None) -> dict[str, str]:
+        return Workbench.class_facts(SimpleNamespace(class_names=lambda: names))  # type: ignore[arg-type]
+
+    assert facts(["a", "b"]) == facts(["a", "b"]) != facts(["b", "a"])
+    assert facts(None) == {}
