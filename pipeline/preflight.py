@@ -91,13 +91,18 @@ def shares(kind: str, resources: Resources, loop: LoopConfig, streams: int) -> R
     return Requirement(f"ranks of {kind}", check, frozenset({kind}))
 
 
-def readable(name: str, uri: str, remedy: str, kind: str) -> Requirement:
-    """An object or folder that steps of `kind` read."""
+def readable(name: str, uri: str, remedy: str, kind: str, *, folder: bool = True) -> Requirement:
+    """An object, or (where `folder` allows it) a folder, that steps of `kind` read."""
 
     def check() -> str:
         if not uri:
             raise PreflightError("not given", remedy=remedy)
-        if not storage.exists(uri) and not storage.list_files(uri, most=1):
+        if storage.exists(uri):
+            return uri
+        inside = storage.list_files(uri, most=1)
+        if inside and not folder:
+            raise PreflightError("not a file", found=f"a folder at {uri}", remedy=remedy)
+        if not inside:
             raise PreflightError("not there", found=f"nothing at {uri}", remedy=remedy)
         return uri
 

@@ -34,13 +34,14 @@ def label_files(place: str, config: EvaluateConfig) -> list[preflight.Requiremen
             each.labels,
             f"`labels` of the evaluator in {place}.evaluators: {ORIGINS['imagenet-real']}",
             "evaluate",
+            folder=False,
         )
         for each in config.evaluators
         if isinstance(each, Real)
     ]
     if config.classes:
         remedy = f"--set {place}.classes=FILE, a class (WordNet id) first on each line in index order"
-        needs.append(preflight.readable("class names", config.classes, remedy, "evaluate"))
+        needs.append(preflight.readable("class names", config.classes, remedy, "evaluate", folder=False))
     return needs
 
 

@@ -96,6 +96,7 @@ def other_requirements(also: OtherSets) -> list[preflight.Requirement]:
             uri,
             f"--set also.{_field(name)}=URI of {ORIGINS[name]}",
             "evaluate" if name == REAL else "shard",
+            folder=name != REAL,
         )
         for name, uri in also.given().items()
     ]

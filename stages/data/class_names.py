@@ -20,8 +20,12 @@ def repeated(names: Sequence[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def read_pinned(uri: str, sha256: str | None) -> bytes:
-    """The bytes of a file; raises NotFound, or DataInvalid when they are others than pinned."""
+def read_pinned(uri: str, sha256: str | None, origin: str) -> bytes:
+    """The bytes of a file; raises NotFound, or DataInvalid when they are others than pinned.
+
+    Args:
+        origin: what the file is, or where it comes from, for the remedy.
+    """
     data = storage.read_bytes(uri)
     digest = storage.sha256_bytes(data)
     if sha256 is not None and digest != sha256:
@@ -29,7 +33,7 @@ def read_pinned(uri: str, sha256: str | None) -> bytes:
             f"{uri} is not the file that was pinned",
             expected=f"sha256 {sha256}",
             found=f"sha256 {digest}",
-            remedy="bring back the file that was pinned, or pin this one under a new version",
+            remedy=f"bring back the file that was pinned ({origin}), or pin this one under a new version",
         )
     return data
 
@@ -46,7 +50,7 @@ def read_class_names(uri: str, rows: int, sha256: str | None = None) -> list[str
         DataInvalid: it is another file, or names no classes.
     """
     try:
-        data = read_pinned(uri, sha256)
+        data = read_pinned(uri, sha256, _FORMAT)
     except NotFound:
         raise ConfigError(
             f"there is no file of class names at {uri}", expected=_FORMAT, remedy="correct `classes`"
@@ -57,7 +61,9 @@ def read_class_names(uri: str, rows: int, sha256: str | None = None) -> list[str
         else:
             names = [line.split()[0] for line in data.decode().splitlines() if line.strip()]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataInvalid(f"{uri} does not name classes", found=error, remedy="correct `classes`") from None
+        raise DataInvalid(
+            f"{uri} does not name classes", expected=_FORMAT, found=error, remedy="correct `classes`"
+        ) from None
     if len(names) != rows or len(set(names)) != rows:
         raise ConfigError(
             f"{uri} does not name the classifier's classes",

@@ -38,7 +38,7 @@ def read_labels(uri: str, sha256: str | None, classes: int) -> tuple[list[frozen
     """
     fetch = f"fetch {SOURCE} and set its path as `labels` of the evaluator"
     try:
-        data = read_pinned(uri, sha256)
+        data = read_pinned(uri, sha256, fetch)
     except NotFound:
         raise ConfigError(
             f"the labels of ImageNet-ReaL are not at {uri}", expected=_FORMAT, found="no file", remedy=fetch

@@ -124,3 +124,7 @@ def test_label_files_that_are_not_there_are_told_before_anything_runs(tmp_path: 
     found = {f.name: f for f in preflight.examine(module.requirements(config, None))}
     assert not found["labels of ImageNet-ReaL"].ok and not found["class names"].ok
     assert "--set evaluate.classes=FILE" in found["class names"].remedy
+    (tmp_path / "absent").mkdir()
+    (tmp_path / "absent" / "file").touch()
+    again = {f.name: f for f in preflight.examine(module.requirements(config, None))}
+    assert "a folder" in str(again["labels of ImageNet-ReaL"]) and not again["class names"].ok

@@ -178,10 +178,11 @@ def test_wrong_labels_of_real_are_told_with_their_origin(
 def test_pinned_labels_of_real_are_held_to_it(classifier, validation, tmp_path):
     file = tmp_path / "real.json"
     file.write_text(json.dumps([[0]] * 36))
-    with pytest.raises(DataInvalid, match="not the file that was pinned"):
+    with pytest.raises(DataInvalid, match="not the file that was pinned") as told:
         evaluate(
             validation, classifier, tmp_path / "o", {"kind": "real", "labels": str(file), "sha256": "0" * 64}
         )
+    assert "github.com/google-research/reassessed-imagenet" in (told.value.remedy or "")
 
 
 def test_real_needs_the_names_of_the_validation_images(classifier, tmp_path):
