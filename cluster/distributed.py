@@ -7,6 +7,7 @@ process without any environment. Collectives carry a time limit: a dead or stuck
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -16,7 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.errors import ConfigError, portable
 from cluster.rendezvous import open_store
@@ -123,6 +124,19 @@ def shutdown() -> None:
     if _own_port:  # free for anybody now: neither the next group nor a child process may take it for granted
         os.environ.pop("MASTER_PORT", None)
     _ours = _own_port = False
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, a rank whose work is done, without taking the interpreter and torch apart.
+
+    Their end unwinds now and then a thread inside C++ code, which aborts the process ("terminate called without an
+    active exception") after all is written; torchrun would take the rank for lost. Handlers of `atexit` run.
+    """
+    shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def rank() -> int:

@@ -65,9 +65,16 @@ def main(config_class: type[Config], run: Callable[..., Outcome], *, stage: str,
         outcome = run(config, inputs, context)
         if int(os.environ.get("RANK", 0)) == 0:
             _finish(context.out, outcome)
+        code = 0
     except ItpnError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from cluster import distributed
+
+        distributed.leave(code)
+    if code:
+        sys.exit(code)
 
 
 def _attempt(world: int) -> str:

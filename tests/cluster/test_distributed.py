@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 from cluster import distributed
 from cluster.errors import ConfigError, StepFailed, portable
@@ -47,3 +50,16 @@ def test_errors_that_cannot_travel_are_told_in_words() -> None:
     assert isinstance(portable(Local("full")), StepFailed) and "Local: full" in str(portable(Local("full")))
     known = ConfigError("wrong", expected=1, found=2)
     assert portable(known) is known
+
+
+def test_rank_that_leaves_flushes_and_runs_its_handlers() -> None:
+    program = (
+        "import atexit; from cluster import distributed; atexit.register(print, 'bye'); distributed.leave(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (3, "bye\n"), done.stderr
