@@ -152,21 +152,19 @@ class RayExecutor:
     again here, on the nodes that stay; after SIGTERM no group is started any more, and Stopped is passed on.
 
     Args:
-        max_restarts: how often in a row a group is started again.
-        settled_s: after a group that worked for so long the count begins anew.
+        max_restarts: how often in a row a group is started again; a new file in the folder `spec["marks"]` ends a row.
         patience_s: how long an elastic group waits for its full size where a smaller one could start.
         worker_seconds: of each group so far, its workers times the seconds from its start to its end.
     """
 
     max_restarts: int = Restarts.most
-    settled_s: float = Restarts.settled_s
     patience_s: float = 30.0
     worker_seconds: list[float] = field(default_factory=list)
 
     def workers(self, fn: Callable[[dict], dict], spec: dict, resources: Resources) -> dict:
         if resources.workers == 1:
             return _alone(fn, spec)
-        starts, restarts = 0, Restarts(self.max_restarts, self.settled_s)
+        starts, restarts = 0, Restarts(self.max_restarts, spec.get("marks"))
         with _StopOrder() as order:
             while True:
                 # A late write of a rank that is still dying must not land among the files of its successor.
@@ -190,12 +188,12 @@ class RayExecutor:
                             found=error.found,
                             remedy="run it again: it goes on from the last checkpoint",
                         ) from None
-                    if not restarts.grant(error, time.monotonic() - began):
+                    if not restarts.grant(error):
                         raise
                 except StorageRefused:
                     raise  # no rights, no room: another start would meet it again
                 except StorageUnavailable as error:
-                    if order.given.is_set() or not restarts.grant(error, time.monotonic() - began):
+                    if order.given.is_set() or not restarts.grant(error):
                         raise
                 finally:
                     self.worker_seconds.append(size * (time.monotonic() - began))

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from cluster import storage
 from cluster.errors import ItpnError, StepFailed, Stopped, StorageUnavailable, WorkerLost
 
 log = logging.getLogger(__name__)
@@ -28,21 +29,33 @@ class Restarts:
     """Counts the losses of a group, or of a single worker, and grants new starts.
 
     Args:
-        most: so many in a row.
-        settled_s: after a start that lived so long the count begins anew; a run of weeks meets more faults.
+        most: so many in a row, which means without anything new in `marks` between them.
+        marks: a folder where work that is safe leaves a file, such as a training's checkpoints. A run of weeks meets
+            more faults than `most`, but goes on in between; a fault that comes again at the same place does not.
     """
 
     most: int = 3
-    settled_s: float = 3600.0
+    marks: str | None = None
     used: int = 0
+    _seen: frozenset[str] = frozenset()
 
-    def grant(self, error: ItpnError, lived_s: float) -> bool:
-        """Whether there is another start after `error`, which came `lived_s` seconds after the last one."""
-        self.used = 1 if lived_s > self.settled_s else self.used + 1
+    def grant(self, error: ItpnError) -> bool:
+        """Whether there is another start after `error`."""
+        now = self._look()
+        self.used = 1 if now - self._seen else self.used + 1
+        self._seen |= now
         if self.used > self.most:
             return False
         log.warning("restart %d of %d: %s", self.used, self.most, error)
         return True
+
+    def _look(self) -> frozenset[str]:
+        if self.marks is None:
+            return frozenset()
+        try:
+            return frozenset(info.uri for info in storage.list_files(self.marks))
+        except StorageUnavailable:
+            return self._seen  # not known: no progress
 
 
 def told(error: BaseException, name: str) -> ItpnError:

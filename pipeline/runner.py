@@ -238,7 +238,8 @@ class Runner:
         prefix = storage.join(step.output(self.root), "lease")
         with Lease.acquire(prefix, ttl_s=LEASE_S, wait_s=None if self._wait else 0, on_wait=waiting) as lease:
             tries = retries = 0
-            restarts = Restarts()
+            marks = storage.join(step.output(self.root), "checkpoints")
+            restarts = Restarts(marks=marks)
             while True:
                 if (finished := records.load(self.root, step)) is not None:
                     self.status[step.id].reused = tries == 0
@@ -247,7 +248,7 @@ class Runner:
                 if self._stopping.is_set():
                     raise self._stopped(step)
                 records.begin(self.root, step)
-                tries, began = tries + 1, time.monotonic()
+                tries += 1
                 self._set(step, State.RUNNING, note=f"attempt {tries}" if tries > 1 else "")
                 try:
                     self._claim_inputs(step)
@@ -261,12 +262,13 @@ class Runner:
                         raise self._stopped(step) from None
                     # A single worker is the task itself: it gets here the restarts that a group gets in its task.
                     alone = step.resources.workers == 1 and not isinstance(error, Stopped)
-                    if alone and restarts.grant(error, time.monotonic() - began):
+                    if alone and restarts.grant(error):
                         continue
                     if retries == step.retries:
-                        self._write_failure(step, error)
+                        if not isinstance(error, Stopped):  # which has saved and can go on: no failure
+                            self._write_failure(step, error)
                         raise
-                    retries, restarts = retries + 1, Restarts()
+                    retries, restarts = retries + 1, Restarts(marks=marks)
                 except StoppedEarly:
                     raise
                 except Exception as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import distributed
+from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError
 from cluster.executor import LocalExecutor
@@ -26,6 +26,7 @@ def spec_of(context: StageContext, *, timeout_s: float, **values: Any) -> dict[s
     return {
         "out": context.out,
         "files": context.files,
+        "marks": storage.join(context.out, "checkpoints"),
         "attempt": context.attempt,
         "code_version": context.code_version,
         "cpus": context.resources.cpus,

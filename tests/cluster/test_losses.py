@@ -81,7 +81,14 @@ def test_cause_goes_before_what_came_of_it(failures: dict[int, Exception], kind:
         assert "gloo" not in str(found) or kind is WorkerLost
 
 
-def test_restarts_are_granted_in_a_row_and_anew_after_a_start_that_settled() -> None:
-    restarts = Restarts(most=2, settled_s=100.0)
-    lives = [1.0, 1.0, 101.0, 1.0, 1.0]
-    assert [restarts.grant(WorkerLost("gone"), lived) for lived in lives] == [True, True, True, True, False]
+def test_restarts_are_granted_in_a_row_and_anew_after_progress(tmp_path) -> None:
+    restarts = Restarts(most=2, marks=str(tmp_path))
+    lost = WorkerLost("gone")
+    assert [restarts.grant(lost) for _ in range(2)] == [True, True]
+    (tmp_path / "4.json").touch()
+    assert [restarts.grant(lost) for _ in range(3)] == [True, True, False], (
+        "a committed checkpoint ends the row"
+    )
+    (tmp_path / "4.json").unlink()
+    assert not restarts.grant(lost), "what retention removed is no progress"
+    assert [Restarts(most=1).grant(lost)] == [True]

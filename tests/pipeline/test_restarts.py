@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster import storage
-from cluster.errors import ItpnError, StepFailed, StorageRefused, StorageUnavailable, WorkerLost
+from cluster.errors import ItpnError, StepFailed, Stopped, StorageRefused, StorageUnavailable, WorkerLost
 from cluster.resources import Resources
 from pipeline.runner import Runner, State, StepStatus
 from stages.artifacts import Outcome
@@ -70,3 +70,11 @@ def test_cost_of_an_elastic_run_counts_each_group_by_its_size(tmp_path) -> None:
     status, _ = run(tmp_path, [], workers=4, groups=(4 * 10.0, 2 * 30.0))
     assert status.record is not None
     assert (status.record.gpu_seconds, status.record.cpu_seconds) == (100.0, 200.0)
+
+
+def test_step_that_others_stopped_is_no_failure(tmp_path) -> None:
+    status, attempts = run(tmp_path / "a", [Stopped("saved at step 8")] * 2, retries=1)
+    assert status.state is State.STOPPED and len(attempts) == 2
+    assert not storage.exists(f"{status.step.output(str(tmp_path / 'a'))}/failure.json")
+    status, attempts = run(tmp_path / "b", [Stopped("saved at step 8")], retries=1)
+    assert status.state is State.DONE and len(attempts) == 2
