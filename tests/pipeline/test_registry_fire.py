@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import count, islice
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +33,7 @@ from tests.pipeline import toys
 from tests.pipeline.test_registry_tools import row
 
 WRITERS, APPENDS = 8, 25
+RANGE = 10_000  # of numbers that are one writer's own
 RATE = 0.1  # of all requests get a 503, or are carried out and never answered
 
 
@@ -68,9 +71,10 @@ def _with_env(env: dict[str, str], work: Any, *arguments: Any) -> None:
     work(*arguments)
 
 
-def _append(root: str, writer: int, acknowledged: str) -> None:
+def _append(root: str, writer: int, appends: int | None, acknowledged: str) -> None:
+    """Append rows of this writer's own range of numbers: so many, or until the process is killed."""
     with open(acknowledged, "a", buffering=1) as file:
-        for number in range(writer * APPENDS, (writer + 1) * APPENDS):
+        for number in islice(count(writer * RANGE), appends):
             written = Registry(root).append([("results", row(number))])
             file.write(f"{number} {written}\n")
 
@@ -95,14 +99,16 @@ def test_acknowledged_rows_are_the_rows_that_are_read(
     root, env = any_weather
     (tmp_path / "acknowledged").mkdir()
     writers = [
-        start(processes, _append, env, root, n, str(tmp_path / f"acknowledged/{n}")) for n in range(WRITERS)
+        start(processes, _append, env, root, n, APPENDS, str(tmp_path / f"acknowledged/{n}"))
+        for n in range(WRITERS)
     ]
     for writer in writers:
         writer.join()
         assert writer.exitcode == 0
     told = lines(tmp_path / "acknowledged")
     rows = Registry(root).results()
-    assert sorted(r.seed for r in rows) == list(range(WRITERS * APPENDS)), "none lost, none twice"
+    wanted = [n * RANGE + i for n in range(WRITERS) for i in range(APPENDS)]
+    assert sorted(r.seed for r in rows) == wanted, "none lost, none twice"
     assert sorted(int(number) for number, _ in told) == [r.seed for r in sorted(rows, key=lambda r: r.seed)]
     assert sum(int(written) for _, written in told) == WRITERS * APPENDS, "each was new to exactly one append"
 
@@ -112,30 +118,28 @@ def test_killed_writers_lose_nothing_that_was_acknowledged(
     any_weather: tuple[str, dict[str, str]], tmp_path: Path, processes: ForkServerContext
 ) -> None:
     root, env = any_weather
-    (tmp_path / "acknowledged").mkdir()
     chance = random.Random(3)
-    killed = 0
-    for _ in range(2):
+    for turn in range(2):
+        acknowledged = tmp_path / f"acknowledged/{turn}"
+        acknowledged.mkdir(parents=True)
         writers = [
-            start(processes, _append, env, root, n, str(tmp_path / f"acknowledged/{n}"))
-            for n in range(WRITERS)
+            start(processes, _append, env, root, n, None, str(acknowledged / str(n))) for n in range(WRITERS)
         ]
-        while sum(path.stat().st_size > 0 for path in (tmp_path / "acknowledged").iterdir()) < WRITERS:
-            time.sleep(0.01)  # all are at work
+        while sum(path.stat().st_size > 0 for path in acknowledged.iterdir()) < WRITERS:
+            time.sleep(0.01)  # until all are at work
         for writer in writers:
             time.sleep(chance.uniform(0, 0.03))
             writer.kill()
         for writer in writers:
             writer.join()
-            killed += writer.exitcode == -9
-        rows = Registry(root).results()
-        seen = [r.seed for r in rows]
+            assert writer.exitcode == -signal.SIGKILL
+        seen = [r.seed for r in Registry(root).results()]
         assert len(seen) == len(set(seen)), "none twice"
-        assert {int(number) for number, *_ in lines(tmp_path / "acknowledged")} <= set(seen), "none lost"
-    assert killed > 0
-    for number in range(WRITERS):  # the same again, to the end
-        _append(root, number, str(tmp_path / "rest"))
-    assert sorted(r.seed for r in Registry(root).results()) == list(range(WRITERS * APPENDS))
+        assert {int(number) for number, *_ in lines(acknowledged)} <= set(seen), "none lost"
+    for n in range(WRITERS):  # the same again, and no killed writer is in the way
+        _append(root, n, sum(seed // RANGE == n for seed in seen) + 1, str(tmp_path / "rest"))
+    again = [r.seed for r in Registry(root).results()]
+    assert len(again) == len(set(again)) == len(seen) + WRITERS, "one new row each"
 
 
 @pytest.mark.slow
