@@ -1,4 +1,4 @@
-"""Ray Tune's ASHA as a judge of running trials; beside cluster/jobs.py the only importer of ray.
+"""Ray Tune's ASHA as a judge of running trials; beside cluster/jobs/ the only importer of ray.
 
 The trials are ordinary steps that the runner starts, packs, retries and resumes; what is Ray Tune's is the decision
 which of them go on: asynchronous successive halving (Li et al., 2018, arXiv:1810.05934).

@@ -51,6 +51,7 @@ from stages.context import StageContext
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0  # how long the store may take to answer before the end of a step goes untold
+SAVE_S = 60.0  # how long a training may take to save when the run is stopped, before it is ended without
 # How long an outage may last before another host's runner may take a step over. On one host a dead runner is
 # recognised at once.
 LEASE_S = 120.0
@@ -355,7 +356,10 @@ class Runner:
                     self._judge.look(step, began)
                 with suppress(StorageUnavailable):  # not known to be lost; asked again before the record
                     lease.check()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Stopped) and self._session.ask_to_stop(context.attempt):
+                self._set(step, State.RUNNING, note=f"saves its state (at most {SAVE_S:.0f} s)")
+                self._session.wait([job], timeout_s=SAVE_S)
             job.cancel()
             self._session.wait([job], timeout_s=30.0)
             raise

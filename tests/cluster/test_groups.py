@@ -11,10 +11,9 @@ from threading import Thread
 
 import pytest
 
-from cluster import jobs
 from cluster.errors import ConfigError, Stopped
-from cluster.jobs import RayExecutor, Session
-from cluster.resources import Resources
+from cluster.jobs import RayExecutor, Session, groups, stopping
+from cluster.resources import Resources, cpu_count
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -90,6 +89,58 @@ def test_sigterm_to_the_task_of_a_step_lets_the_ranks_save_first(session: Sessio
     assert int((tmp_path / "saved").read_text()) >= 10
 
 
+def test_asking_the_attempt_of_a_step_lets_its_ranks_save_first(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "steps": 10_000, "attempt": "asked", "timeout_s": 60}
+    spec |= {"marks": str(tmp_path / "checkpoints")}
+    assert not session.ask_to_stop("asked"), "nobody is there yet"
+    job = session.submit(two, spec, resources=Resources(workers=2), name="two")
+    when(lambda: under_way(tmp_path), lambda: given.append(session.ask_to_stop("asked")))
+    given: list[bool] = []
+    with pytest.raises(Stopped, match="stopped after step"):
+        job.result()
+    assert given == [True] and int((tmp_path / "saved").read_text()) >= 10
+    assert [path.name for path in tmp_path.glob("started-*")] == ["started-asked"]
+    assert not session.ask_to_stop("asked"), "nobody is there any more"
+
+
+def wait_for_room(spec: dict) -> dict:
+    """In a step's task: a group that there is no room for."""
+    (Path(spec["folder"]) / "task").write_text(str(os.getpid()))
+    size = Resources(workers=spec["most"], min_workers=spec["least"], cpus=0.5)
+    return RayExecutor(patience_s=1.0).workers(steps, spec, size)
+
+
+def asked_of_the_cluster() -> set[int]:
+    """The sizes of the groups that wait for room, which an autoscaler would make."""
+    from ray.util import placement_group_table
+
+    tables = placement_group_table().values()
+    return {len(table["bundles"]) for table in tables if table["state"] == "PENDING"}
+
+
+@pytest.mark.parametrize(("least", "asked"), [(1000, 1000), (500, 500)], ids=["fixed", "elastic"])
+def test_group_that_waits_for_room_asks_for_it_and_hears_sigterm(
+    session: Session, tmp_path: Path, least: int, asked: int
+) -> None:
+    spec = {"folder": str(tmp_path), "most": 1000, "least": least, "attempt": "a"}
+    job = session.submit(wait_for_room, spec, resources=Resources(workers=2), name="many")
+    when(
+        lambda: asked_of_the_cluster() == {asked},
+        lambda: os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM),
+    )
+    with pytest.raises(Stopped, match="stopped while waiting for room"):
+        job.result()
+    assert not list(tmp_path.glob("started-*"))
+    assert asked_of_the_cluster() == set(), "nobody waits any more"
+
+
+def test_room_that_a_killed_task_waited_for_is_given_back(session: Session) -> None:
+    with groups._asked_for(1, Resources(cpus=1), "a-step") as placed:
+        assert placed(60.0)
+        with groups._asked_for(1, Resources(cpus=cpu_count()), "a-step") as placed_again:
+            assert placed_again(60.0), "what the first holds would not leave room"
+
+
 def test_worker_lost_after_the_order_to_stop_starts_no_new_group(session: Session, tmp_path: Path) -> None:
     spec = {"folder": str(tmp_path), "steps": 10_000, "attempt": "a", "timeout_s": 60}
     spec |= {"dies_of_the_order": True}
@@ -106,6 +157,7 @@ def test_order_to_stop_that_cannot_be_passed_on_is_told_and_tried_again(monkeypa
     tries: list[bytes] = []
 
     def put(key: str, value: bytes) -> None:
+        assert key == "itpn-stop-a"
         tries.append(value)
         if len(tries) < 3:
             raise RuntimeError("the head is away")
@@ -115,14 +167,14 @@ def test_order_to_stop_that_cannot_be_passed_on_is_told_and_tried_again(monkeypa
 
     monkeypatch.setattr(internal_kv, "_internal_kv_put", put)
     monkeypatch.setattr(internal_kv, "_internal_kv_del", delete)
-    monkeypatch.setattr(jobs, "_WATCH_S", 0.01)
-    with jobs._StopOrder() as order:
+    monkeypatch.setattr(stopping, "WATCH_S", 0.01)
+    with stopping.StopOrder({"attempt": "a"}) as order:
         os.kill(os.getpid(), signal.SIGTERM)
         deadline = time.monotonic() + 60
         while len(tries) < 3:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert order.given.is_set()
+        assert order.is_given()
     said = [record.message for record in caplog.records]
     assert sum("has not reached the workers" in text and "the head is away" in text for text in said) == 1
     assert any("was not removed" in text for text in said)

@@ -136,6 +136,9 @@ class ThreadSession:
                 continue
         return [job for job in jobs if job.future.done()]
 
+    def ask_to_stop(self, attempt: str) -> bool:
+        return False  # toys have nothing to save
+
     def shortage(self, resources: Resources) -> str | None:
         return "1 CPU" if resources.workers > 64 else None
 
