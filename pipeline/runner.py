@@ -360,8 +360,9 @@ class Runner:
             if isinstance(error, Stopped) and self._session.ask_to_stop(context.attempt):
                 self._set(step, State.RUNNING, note=f"saves its state (at most {SAVE_S:.0f} s)")
                 self._session.wait([job], timeout_s=SAVE_S)
-            job.cancel()
-            self._session.wait([job], timeout_s=30.0)
+            if not self._session.wait([job], timeout_s=0.0):
+                job.cancel()
+                self._session.wait([job], timeout_s=30.0)
             raise
         result = job.result()
         return result["wall_s"], result["worker_s"], Outcome.model_validate(result["outcome"])
