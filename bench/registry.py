@@ -26,7 +26,8 @@ from cluster import storage
 from cluster.resources import Resources
 from pipeline.record import Record, commit
 from pipeline.registry import Registry, ResultRow
-from pipeline.runner import Runner, State
+from pipeline.runner import Runner
+from pipeline.status import State
 from pipeline.step import Step
 from stages.artifacts import CheckpointRef, EvaluationRef, Measurement, Outcome
 from stages.config import Config

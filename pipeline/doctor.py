@@ -9,8 +9,9 @@ from cluster.errors import ConfigError, StepFailed
 from cluster.lease import holder_of
 from cluster.resources import cpu_count
 from pipeline.preflight import Requirement
-from pipeline.runner import Runner, State, StepStatus
+from pipeline.runner import Runner
 from pipeline.search import Search
+from pipeline.status import State, StepStatus
 from pipeline.step import Step
 from pipeline.version import library_versions
 from pipeline.view import read_progress

@@ -11,15 +11,12 @@ import logging
 import math
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from cluster import storage
 from cluster.errors import (
@@ -28,7 +25,6 @@ from cluster.errors import (
     DriftError,
     ItpnError,
     LeaseHeld,
-    StepFailed,
     Stopped,
     StorageRefused,
     StorageUnavailable,
@@ -38,10 +34,12 @@ from cluster.jobs import RayExecutor, Session
 from cluster.lease import Lease
 from cluster.losses import Restarts
 from pipeline import record as records
+from pipeline.ends import Ends, as_ours
 from pipeline.record import InputRef, Record
-from pipeline.registry import Registry, RunRow
+from pipeline.registry import Registry
 from pipeline.registry.deletions import Deletions
 from pipeline.search import Judge, Search, StoppedEarly
+from pipeline.status import State, StepStatus
 from pipeline.step import Step, topological
 from pipeline.version import code_version, host, library_versions
 from stages.adopt.config import AdoptConfig
@@ -50,41 +48,14 @@ from stages.context import StageContext
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 10.0  # how long the store may take to answer before the end of a step goes untold
 SAVE_S = 60.0  # how long a training may take to save when the run is stopped, before it is ended without
 # How long an outage may last before another host's runner may take a step over. On one host a dead runner is
 # recognised at once.
 LEASE_S = 120.0
 
 
-class State(StrEnum):
-    TODO = "to do"
-    WAITING = "waiting"  # for another runner's lease
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
-    STOPPED = "stopped"  # asked to, with its state saved
-    STOPPED_EARLY = "stopped early"  # a hopeless trial of a search: an outcome, no failure
-    BLOCKED = "blocked"  # an input failed
-    DRIFTED = "drifted"
-
-
 _HOPELESS = (State.STOPPED_EARLY, State.BLOCKED)
 _NOT_DONE = (State.FAILED, State.STOPPED, State.STOPPED_EARLY, State.BLOCKED)
-
-
-@dataclass
-class StepStatus:
-    """Where one step stands in this run."""
-
-    step: Step
-    state: State = State.TODO
-    reused: bool = False  # done before this run began
-    record: Record | None = None
-    error: ItpnError | None = None
-    note: str = ""
-    blocked_by: str | None = None  # of a blocked step: id of the step that it waits for in vain
-    began: float = field(default_factory=time.time)
 
 
 class Runner:
@@ -122,6 +93,7 @@ class Runner:
         self._judge: Judge | None = None
         self._session: Session | None = None
         self._stopping = threading.Event()
+        self._ends = Ends(root, recipe)
 
     def plan(self) -> list[StepStatus]:
         """The state of every step as storage has it: to do, done, or drifted (with the error)."""
@@ -213,7 +185,7 @@ class Runner:
         )
         if cause.state is State.FAILED and not isinstance(cause.error, LeaseHeld):
             reason = cause.error.message.splitlines()[0] if cause.error else ""
-            pool.submit(self._register_end, step, "skipped", f"its input {cause.step.id} failed: {reason}")
+            pool.submit(self._ends.register, step, "skipped", f"its input {cause.step.id} failed: {reason}")
 
     def _run_step(self, step: Step) -> Record:
         """Run a step to its record; a failure is registered, then raised as an ItpnError."""
@@ -223,11 +195,11 @@ class Runner:
         except (Stopped, LeaseHeld):
             raise  # it goes on later, or with the runner that holds it
         except StoppedEarly as error:
-            self._register_end(step, "stopped", error.message, 0, time.monotonic() - began)
+            self._ends.register(step, "stopped", error.message, 0, time.monotonic() - began)
             raise
         except Exception as error:
-            failure = error if isinstance(error, ItpnError) else _defect(step, error)
-            self._register_end(step, "failed", str(failure), failure.exit_code, time.monotonic() - began)
+            failure = error if isinstance(error, ItpnError) else as_ours(step, error)
+            self._ends.register(step, "failed", str(failure), failure.exit_code, time.monotonic() - began)
             raise failure from None
 
     def _hold_and_run(self, step: Step) -> Record:
@@ -244,7 +216,7 @@ class Runner:
             while True:
                 if (finished := records.load(self.root, step)) is not None:
                     self.status[step.id].reused = tries == 0
-                    self._publish(finished)
+                    self._ends.publish(finished)
                     return finished
                 if self._stopping.is_set():
                     raise self._stopped(step)
@@ -255,7 +227,7 @@ class Runner:
                     self._claim_inputs(step)
                     return self._attempt(step, lease)
                 except StorageRefused as error:  # no rights, no room: another start would meet it again
-                    self._write_failure(step, error)
+                    self._ends.write_failure(step, error)
                     raise
                 except (WorkerLost, StorageUnavailable, Stopped) as error:
                     # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
@@ -267,13 +239,13 @@ class Runner:
                         continue
                     if retries == step.retries:
                         if not isinstance(error, Stopped):  # which has saved and can go on: no failure
-                            self._write_failure(step, error)
+                            self._ends.write_failure(step, error)
                         raise
                     retries, restarts = retries + 1, Restarts(marks=marks)
                 except StoppedEarly:
                     raise
                 except Exception as error:
-                    self._write_failure(step, error)
+                    self._ends.write_failure(step, error)
                     raise
 
     def _claim_inputs(self, step: Step) -> None:
@@ -332,7 +304,7 @@ class Runner:
             existing = records.load(self.root, step)
             assert existing is not None
             record = existing
-        self._publish(record)
+        self._ends.publish(record)
         return record
 
     def _follow(
@@ -367,47 +339,6 @@ class Runner:
         result = job.result()
         return result["wall_s"], result["worker_s"], Outcome.model_validate(result["outcome"])
 
-    def _publish(self, record: Record) -> None:
-        """Write the record's events; an outage here is no failure of the step: the next run publishes them."""
-        try:
-            Registry(self.root).publish([record])
-        except StorageUnavailable as error:
-            log.warning("events of %s are not published yet: %s", record.step, error)
-
-    def _register_end(
-        self,
-        step: Step,
-        outcome: Literal["failed", "skipped", "stopped"],
-        error: str,
-        exit_code: int = 0,
-        wall_s: float = 0.0,
-    ) -> None:
-        """Publish how a step without a record ended; a store that is away makes it a warning.
-
-        Args:
-            wall_s: from its start in this run to its end, all attempts and the queueing included.
-        """
-        try:
-            registry = Registry(self.root)
-            # Asked first: the step may have failed because the store is away, and that was waited for already.
-            storage.list_files(registry.uri, most=1, deadline_s=ANSWER_S)
-            registry.publish_run(
-                RunRow(
-                    run=self.recipe,
-                    step=step.id,
-                    code_version=code_version(),
-                    created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-                    fingerprint=step.fingerprint,
-                    outcome=outcome,
-                    error=error,
-                    exit_code=exit_code,
-                    host=host(),
-                    wall_s=round(wall_s, 3),
-                )
-            )
-        except Exception as problem:
-            log.warning("that %s %s is not registered: %s", step.id, outcome, problem)
-
     @staticmethod
     def _stopped(step: Step) -> Stopped:
         return Stopped(f"'{step.id}' was stopped", remedy="run again: it goes on from what it has committed")
@@ -437,12 +368,6 @@ class Runner:
             setattr(status, name, value)
         self._on_change(status)
 
-    def _write_failure(self, step: Step, error: Exception) -> None:
-        uri = storage.join(step.output(self.root), "failure.json")
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        code = error.exit_code if isinstance(error, ItpnError) else 1
-        storage.write_telemetry(uri, {"at": at, "error": str(error), "exit_code": code, "host": host()})
-
 
 def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageContext) -> dict:
     """The body of a step's Ray task."""
@@ -456,20 +381,3 @@ def _execute(fn: Any, config: Any, inputs: dict[str, Artifact], context: StageCo
         "worker_s": sum(groups_s) or wall_s * context.resources.workers,
         "outcome": outcome.model_dump(),
     }
-
-
-def _defect(step: Step, error: Exception) -> StepFailed:
-    """A defect of ours, told like any other failure, with the end of its traceback."""
-    text = "".join(traceback.format_exception(error)[-3:])
-    return StepFailed(f"'{step.id}' failed", found=text)
-
-
-def exit_code(statuses: list[StepStatus]) -> int:
-    """0 when every step is done or was stopped early, else the code of the first failure, else 1 (stopped on request).
-
-    A step whose input was stopped early is not to do either.
-    """
-    codes = [s.error.exit_code for s in statuses if s.error and s.error.exit_code]
-    early = {s.step.id for s in statuses if s.state is State.STOPPED_EARLY}
-    fine = [s.state is State.DONE or s.step.id in early or s.blocked_by in early for s in statuses]
-    return codes[0] if codes else int(not all(fine))

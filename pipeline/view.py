@@ -21,7 +21,7 @@ from cluster.errors import ItpnError
 from pipeline.registry import ResultRow
 from pipeline.registry.evaluated import data_names, data_of
 from pipeline.registry.metrics import unit
-from pipeline.runner import State, StepStatus
+from pipeline.status import State, StepStatus
 from stages.train.layout import checkpoint_steps
 
 _EVENTS = 5  # of a training step, that are shown

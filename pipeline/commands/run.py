@@ -15,8 +15,9 @@ from cluster.jobs import Session
 from pipeline import preflight, recipes, view
 from pipeline.commands.common import console_of, err, root_of
 from pipeline.registry import results_of
-from pipeline.runner import Runner, State, StepStatus, exit_code
+from pipeline.runner import Runner
 from pipeline.search import Search
+from pipeline.status import State, StepStatus, exit_code
 from pipeline.step import Step, select, topological
 from stages.config import Config, parse_assignments
 

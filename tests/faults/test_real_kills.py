@@ -22,7 +22,8 @@ import pytest
 from cluster import distributed, storage
 from cluster.jobs import RayExecutor, Session
 from cluster.resources import Resources
-from pipeline.runner import Runner, State
+from pipeline.runner import Runner
+from pipeline.status import State
 from stages.artifacts import Outcome
 from stages.context import StageContext
 from tests.faults.runs import SAME_ARITHMETIC, STEP_S, Run, ranks_of, until, uploads_under_way

@@ -7,7 +7,8 @@ from pathlib import Path
 from cluster import storage
 from cluster.lease import Lease
 from pipeline import doctor
-from pipeline.runner import Runner, State
+from pipeline.runner import Runner
+from pipeline.status import State
 from pipeline.step import topological
 from stages.context import Progress
 from tests.pipeline import toys

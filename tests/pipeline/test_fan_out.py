@@ -15,7 +15,8 @@ from cluster import storage
 from cluster.jobs import Session
 from cluster.resources import Resources, cpu_count
 from pipeline.registry import Registry
-from pipeline.runner import Runner, State, StepStatus, exit_code
+from pipeline.runner import Runner
+from pipeline.status import State, StepStatus, exit_code
 from pipeline.step import Step
 from tests.pipeline import toys
 

@@ -25,7 +25,8 @@ from pipeline.registry.deletions import Deleted, Deletions
 from pipeline.registry.inventory import Group
 from pipeline.registry.lineage import find
 from pipeline.registry.retention import KeepRule, Retention
-from pipeline.runner import Runner, State
+from pipeline.runner import Runner
+from pipeline.status import State
 from pipeline.step import Step
 from stages.adopt.config import AdoptConfig
 from tests.faulty_s3 import faulty_s3

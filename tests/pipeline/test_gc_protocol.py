@@ -26,6 +26,7 @@ from pipeline.registry.deletions import Deleted, Deletions, key
 from pipeline.registry.lineage import find
 from pipeline.registry.retention import KeepRule, Retention
 from pipeline.runner import Runner
+from pipeline.status import State
 from pipeline.step import Step
 from tests.pipeline import toys
 from tests.pipeline.interleave import InlinePool, Killed, Play, raw
@@ -71,8 +72,8 @@ def run_step(step: Step) -> None:
     runner.plan()
     runner._session = Inline()  # type: ignore[assignment]
     for status in runner.status.values():
-        if status.state is runners.State.TODO:
-            runner._set(status.step, runners.State.DONE, record=runner._run_step(status.step))
+        if status.state is State.TODO:
+            runner._set(status.step, State.DONE, record=runner._run_step(status.step))
 
 
 def promote(step: str, name: str) -> str:

@@ -11,7 +11,8 @@ import pytest
 from cluster import storage
 from cluster.errors import ItpnError, StepFailed, Stopped, StorageRefused, StorageUnavailable, WorkerLost
 from cluster.resources import Resources
-from pipeline.runner import Runner, State, StepStatus
+from pipeline.runner import Runner
+from pipeline.status import State, StepStatus
 from stages.artifacts import Outcome
 from stages.context import StageContext
 from tests.pipeline import toys

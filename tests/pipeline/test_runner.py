@@ -17,7 +17,8 @@ from cluster import storage
 from cluster.errors import ConfigError, DriftError, StorageUnavailable
 from cluster.resources import Resources
 from pipeline.registry import Registry
-from pipeline.runner import Runner, State, exit_code
+from pipeline.runner import Runner
+from pipeline.status import State, exit_code
 from tests.pipeline import toys
 
 REPOSITORY = Path(__file__).resolve().parents[2]

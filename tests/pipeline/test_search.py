@@ -14,8 +14,9 @@ from cluster.errors import ConfigError
 from cluster.tune import Asha, rungs
 from pipeline import recipes
 from pipeline.registry import Registry
-from pipeline.runner import Runner, State, StepStatus, exit_code
+from pipeline.runner import Runner
 from pipeline.search import Judge, Search
+from pipeline.status import State, StepStatus, exit_code
 from pipeline.step import Step, topological
 from stages.context import Progress
 from tests.pipeline import toys

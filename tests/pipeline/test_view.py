@@ -11,7 +11,7 @@ from rich.console import Console
 
 from cluster import storage
 from pipeline import view
-from pipeline.runner import State, StepStatus
+from pipeline.status import State, StepStatus
 from tests.pipeline.toys import chain
 
 EVENTS = [

@@ -17,7 +17,8 @@ from cluster import distributed, storage
 from cluster.errors import Stopped
 from cluster.resources import Resources, cpu_count
 from pipeline import runner
-from pipeline.runner import Runner, State
+from pipeline.runner import Runner
+from pipeline.status import State
 from pipeline.step import Step
 from stages.artifacts import Outcome
 from stages.context import StageContext
@@ -74,7 +75,11 @@ def test_run_that_is_ended_lets_a_training_save_and_the_next_run_goes_on(
     tmp_path: Path, give: Callable[[int], None]
 ) -> None:
     root, calls = tmp_path / "root", tmp_path / "root-calls" / "work"
-    command = [sys.executable, "-c", "import sys; from tests.pipeline.test_ends import run; run(sys.argv[1])"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from tests.pipeline.test_stopped_runs import run; run(sys.argv[1])",
+    ]
     first = subprocess.Popen([*command, str(root)], start_new_session=True, stderr=subprocess.PIPE, text=True)
     try:
         while not calls.exists() or not list(calls.iterdir()):
