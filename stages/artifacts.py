@@ -79,6 +79,9 @@ class EvaluationRef(_Record):
     data_fingerprint: str | None = None  # of the data set that was evaluated on
     evaluator: dict  # the stage's config
     checkpoint: CheckpointRef
+    model_fingerprint: str | None = (
+        None  # of what its config.json makes of the weights; older records have none
+    )
     measurements: list[Measurement]
 
 

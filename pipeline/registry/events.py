@@ -1,8 +1,8 @@
 """The events of the registry: immutable, one JSON object each, named by a hash.
 
 Of checkpoints and runs the hash covers all that the event states. Of a result it covers what identifies the
-value: weights, evaluator, evaluated data, metric. So the same evaluation, made again by another recipe, at
-another time or under another path, adds nothing: the first value stands.
+value: weights, what their description makes of them, evaluator, evaluated data, metric. So the same evaluation,
+made again by another recipe, at another time or under another path, adds nothing: the first value stands.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class ResultRow(Event):
     `data_fingerprint` is of the data that the weights were trained on, `evaluated_fingerprint` of those that the
     value was measured on (None where no data decide it). `variant` is empty for the model as it was trained; it
     tells an acceleration, a resolution or other labels, which rules and tables of results leave aside.
+    `model_fingerprint` is of what the weights' config.json makes of them; rows from before it was told have none.
     """
 
     schema_version: int = RESULT_SCHEMA
@@ -65,6 +66,7 @@ class ResultRow(Event):
     evaluated_fingerprint: str | None = None
     checkpoint: str
     checkpoint_sha256: str
+    model_fingerprint: str | None = None
     pretrain: str | None
     training_fingerprint: str | None
     data_fingerprint: str
@@ -80,9 +82,10 @@ class ResultRow(Event):
 
     def _identity(self) -> dict[str, Any]:
         if self.schema_version == 1:
-            new = {"variant", "evaluator_fingerprint", "evaluated_fingerprint"}
+            new = {"variant", "evaluator_fingerprint", "evaluated_fingerprint", "model_fingerprint"}
             return self.model_dump(mode="json", exclude=new)
         keys = {"checkpoint_sha256", "evaluator_fingerprint", "evaluated_fingerprint", "metric"}
+        keys |= {"model_fingerprint"} if self.model_fingerprint else set()  # without it ids stay as they were
         return self.model_dump(mode="json", include=keys)
 
 
@@ -162,6 +165,7 @@ def events_of(record: Record) -> list[tuple[str, Event]]:
                 evaluated_fingerprint=artifact.data_fingerprint if measured.on_data else None,
                 checkpoint=checkpoint.uri,
                 checkpoint_sha256=checkpoint.sha256,
+                model_fingerprint=artifact.model_fingerprint,
                 pretrain=checkpoint.pretrain,
                 training_fingerprint=trained.fingerprint if trained else None,
                 data_fingerprint=checkpoint.data_fingerprint,

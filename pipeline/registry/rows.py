@@ -37,6 +37,7 @@ RESULTS = pa.schema(
         ("evaluated_fingerprint", pa.string()),
         ("checkpoint", pa.string()),
         ("checkpoint_sha256", pa.string()),
+        ("model_fingerprint", pa.string()),
         ("pretrain", pa.string()),
         ("training_fingerprint", pa.string()),
         ("data_fingerprint", pa.string()),

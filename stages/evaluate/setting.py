@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cluster import storage
 from cluster.errors import ConfigError
 from stages.data.view import EvalView
 from stages.evaluate.config import Acceleration, EvaluateConfig, OnData
@@ -18,6 +19,7 @@ from stages.model.io import build, load_into, read_described, zero_untrained
 from stages.model.mfm import published_name
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TRAINED_BY = {"drop_path", "stop_grad_stem"}  # fields of a backbone that decide nothing once it is trained
 HALF = Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
@@ -43,6 +45,16 @@ class Weights:
     def num_classes(self) -> int:
         """Rows of the head; 0 without one."""
         return self.description.get("num_classes", 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the graph that the weights are run in: a corrected `config.json` gives other figures.
+
+        Names of classes and the normalisation are not in it: the facts of the evaluators that they decide have them.
+        """
+        fields = {name: value for name, value in self.backbone.identity().items() if name not in TRAINED_BY}
+        graph = {"backbone": fields, "num_classes": self.num_classes}
+        return storage.sha256_bytes(storage.canonical_json(graph))
 
     @property
     def class_names(self) -> list[str] | None:

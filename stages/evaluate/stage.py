@@ -82,6 +82,7 @@ def run(config: EvaluateConfig, inputs: Mapping[str, Artifact], context: StageCo
             data_fingerprint=data.fingerprint,
             evaluator=config.identity(),
             checkpoint=checkpoint,
+            model_fingerprint=result["model_fingerprint"],
             measurements=measurements,
         ),
         files=[FileInfo(**info) for info in result["files"]],
@@ -130,7 +131,11 @@ def _evaluate(config: EvaluateConfig, spec: dict[str, Any], world: World) -> dic
     bench.finish(
         **{metric: value for item in found[:1] for metric, value in item.values if math.isfinite(value)}
     )
-    return {"found": [asdict(item) | {"table": None} for item in found], "files": files}
+    return {
+        "found": [asdict(item) | {"table": None} for item in found],
+        "files": files,
+        "model_fingerprint": weights.fingerprint,
+    }
 
 
 def _takers(bench: Workbench) -> list[Taker]:

@@ -83,6 +83,7 @@ def test_same_evaluation_from_elsewhere_adds_nothing(root: str) -> None:
     "change",
     [
         {"checkpoint_sha256": "0" * 64},
+        {"model_fingerprint": "2" * 64},
         {"evaluator": {"value": 2.0}},
         {"evaluated_fingerprint": "1" * 64},
         {"metric": "top5"},
@@ -133,6 +134,23 @@ def test_events_of_the_first_schema_keep_their_ids(root: str) -> None:
     [row] = [row for row in Registry(root).results() if row.schema_version == 1]
     assert row.id == name and row.variant == "" and row.evaluated_fingerprint is None
     assert Registry(root).results().to_arrow().num_rows == 5
+
+
+def test_events_from_before_the_models_description_was_told_keep_their_ids(root: str) -> None:
+    """The id is what the version before computed."""
+    old = {
+        "schema_version": 2, "run": "demo", "step": "evaluate/demo-scratch-s0/v1", "code_version": "abc",
+        "created_at": "2026-01-01T00:00:00.000+00:00", "dataset": "clipart-12", "split": "val", "metric": "top1",
+        "value": 29.5, "samples": 439, "init": "scratch", "seed": 0, "variant": "", "evaluator": {"split": "val"},
+        "evaluator_fingerprint": "aa" * 32, "evaluated_fingerprint": "ee" * 32,
+        "checkpoint": "/r/model.safetensors", "checkpoint_sha256": "ab" * 32, "pretrain": None,
+        "training_fingerprint": "cd" * 32, "data_fingerprint": "ef" * 32,
+    }  # fmt: skip
+    name = "c37bac06e5525fa8a0368851a4edca6a"
+    storage.write_json_exclusive(f"{root}/registry/results/{name}.json", old)
+    [row] = Registry(root).results(evaluator_fingerprint="aa" * 32)
+    assert row.id == name and row.model_fingerprint is None
+    assert Registry(root).append([("results", row)]) == 0
 
 
 def test_variants_stay_out_of_best_and_of_rules(root: str) -> None:
