@@ -71,7 +71,8 @@ def about(config: AnyRecipe, root: str, given: Given, data: str) -> AnyRecipe:
     """The recipe's config for this checkpoint and these data."""
     shard, version = _data(root, given, data)
     update: dict[str, Any] = {"checkpoints": {given.name: given.config}, "data": shard}
-    return config.model_copy(update=update | {"data_version": version})
+    update |= {"data_version": version} if version else {}
+    return config.model_copy(update=update)
 
 
 def _classes_sha256(uri: str, rows: int) -> str:
@@ -85,7 +86,7 @@ def _classes_sha256(uri: str, rows: int) -> str:
 
 
 def _data(root: str, given: Given, text: str) -> tuple[ShardConfig, str]:
-    """The data set's config and its version, empty for the recipe's: a finished step's, or new from images."""
+    """The data set's config and its version, empty for the recipe's own: a finished step's, or new from images."""
     used = given.record.inputs.get("data") if given.record else None
     step = text if re.fullmatch(r"shard/[^/]+/[^/]+", text) else used.step if used and not text else ""
     if step:

@@ -18,6 +18,9 @@ from pipeline.step import Step
 from stages.artifacts import Artifact, FileInfo
 
 SCHEMA = 1
+# Stands for the sha256 of a file that is not there, in the config of a step that was planned without it. A finished
+# step does not need the file again: whatever was recorded for it counts as the same.
+NOT_THERE = "file not there"
 
 
 class InputRef(BaseModel):
@@ -110,22 +113,38 @@ def commit(root: str, step: Step, record: Record) -> None:
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """The leaves in which two JSON values differ, as (dotted path, old, new); a missing one is None."""
+    """The leaves in which two JSON values differ, as (dotted path, old, new); a missing one is None.
+
+    Lists are compared as a whole. A new value of NOT_THERE agrees with any hash.
+    """
+    if _agree(old, new):
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted(old.keys() | new.keys()):
             found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
-    return [] if old == new else [(path, old, new)]
+    return [(path, old, new)]
+
+
+def _agree(old: Any, new: Any) -> bool:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old.keys() == new.keys() and all(_agree(old[key], new[key]) for key in old)
+    if isinstance(old, list) and isinstance(new, list):
+        return len(old) == len(new) and all(map(_agree, old, new))
+    return old == new or (new == NOT_THERE and isinstance(old, str))
 
 
 def _refuse_drift(step: Step, fingerprint: str, identity: dict[str, Any], uri: str) -> None:
-    if fingerprint == step.fingerprint:
+    if fingerprint == step.fingerprint or _agree(identity, step.identity):
         return
     lines = [f"{path}: {old!r} -> {new!r}" for path, old, new in differences(identity, step.identity)]
+    setting = (
+        "data_version" if step.kind == "shard" else "version"
+    )  # the data need not be made anew with the rest
     raise DriftError(
         f"'{step.id}' was made from another config ({uri})",
         expected="the config it was made from",
         found="\n            ".join(lines),
-        remedy="set the value back, or make a new output beside it with --set version=<new name>",
+        remedy=f"set the value back, or make a new output beside it with --set {setting}=<new name>",
     )

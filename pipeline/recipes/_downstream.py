@@ -29,7 +29,7 @@ class FromCheckpoints(Config):
 
     version: str = not_identity("v1")
     data: ShardConfig = IMAGENET
-    data_version: str = not_identity("")  # of the data set's output; by default the recipe's
+    data_version: str = not_identity("v1")  # of the sharded data: a new `version` leaves them as they are
     checkpoints: dict[str, AdoptConfig] = Field(min_length=1)  # by the names that outputs carry
     evaluate: EvaluateConfig = EvaluateConfig()
     also: OtherSets = OtherSets()  # further sets to evaluate on
@@ -96,13 +96,13 @@ def build_downstream(config: DownstreamRecipe) -> list[Step]:
             evaluate_step(f"{name}-features", probe, data, start, config.version, machines.evaluate)
             for name, start in given.items()
         ]
-    return [*also_on(judged, config.also, config.version, machines.shard), *probed]
+    return [*also_on(judged, config.also, config.data_version, machines.shard), *probed]
 
 
 def data_step(config: FromCheckpoints) -> Step:
     """The data set's step."""
     resources = Resources(workers=config.shard_workers)
-    return shard_step(config.data, config.data_version or config.version, resources)
+    return shard_step(config.data, config.data_version, resources)
 
 
 def starts(config: FromCheckpoints) -> dict[str, Step]:

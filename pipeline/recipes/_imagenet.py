@@ -49,6 +49,7 @@ class ImageNetRecipe(Config):
     """
 
     version: str = not_identity("v1")
+    data_version: str = not_identity("v1")  # of the sharded data: a new `version` leaves them as they are
     data: ShardConfig = IMAGENET
     pretrain: PretrainConfig
     finetune: FinetuneConfig
@@ -75,7 +76,7 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
         finetune=Resources(workers=config.finetune_gpus, **gpu),
         evaluate=Resources(workers=config.evaluate_gpus, **gpu),
     )
-    data = shard_step(config.data, config.version, machines.shard)
+    data = shard_step(config.data, config.data_version, machines.shard)
     trained = pretrain_step(name, config.pretrain, data, config.version, machines.pretrain)
     size = config.pretrain.backbone.img_size
     probe = at_size(config.probe, size, WHOLE_IMAGE_FROM)
@@ -91,7 +92,7 @@ def build_imagenet(name: str, config: ImageNetRecipe) -> list[Step]:
         machines,
         whole_image_from=WHOLE_IMAGE_FROM,
     )
-    return [*also_on(judged, config.also, config.version, machines.shard), probed]
+    return [*also_on(judged, config.also, config.data_version, machines.shard), probed]
 
 
 def imagenet_requirements(config: ImageNetRecipe, address: str | None) -> list[preflight.Requirement]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster import storage
 from cluster.errors import NotFound
 from pipeline import preflight
+from pipeline.record import NOT_THERE
 from stages.evaluate.config import EvaluateConfig, Real
 from stages.evaluate.label_space import ORIGINS
 
@@ -12,7 +13,8 @@ from stages.evaluate.label_space import ORIGINS
 def pinned(config: EvaluateConfig) -> EvaluateConfig:
     """The evaluation with the sha256 of each file that it names, so that a corrected file is another evaluation.
 
-    A hash that was given stays. A file that is not there stays unpinned, and `label_files` tells of it.
+    A hash that was given stays. Of a file that is not there NOT_THERE stands for it: a finished evaluation stays done
+    without its file, and for one that is to do `label_files` tells of it.
     """
     evaluators = tuple(
         each.model_copy(update={"sha256": _sha256(each.labels)})
@@ -45,8 +47,8 @@ def label_files(place: str, config: EvaluateConfig) -> list[preflight.Requiremen
     return needs
 
 
-def _sha256(uri: str) -> str | None:
+def _sha256(uri: str) -> str:
     try:
         return storage.sha256_bytes(storage.read_bytes(uri))
     except NotFound:
-        return None
+        return NOT_THERE

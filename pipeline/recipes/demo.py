@@ -37,6 +37,7 @@ class Recipe(Config):
     """The demo's values; `--set` replaces any of them."""
 
     version: str = not_identity("v1")
+    data_version: str = not_identity("v1")  # of the sharded data: a new `version` leaves them as they are
     data: ShardConfig = ShardConfig(
         name="clipart-12", source=str(ASSETS / "clipart-12.tar"), shard_samples=256
     )
@@ -81,7 +82,7 @@ def build(config: Recipe) -> list[Step]:
         finetune=Resources(),
         evaluate=Resources(),
     )
-    data = shard_step(config.data, config.version, machines.shard)
+    data = shard_step(config.data, config.data_version, machines.shard)
     trained = pretrain_step("demo", config.pretrain, data, config.version, machines.pretrain)
     probed = evaluate_step("demo-features", config.probe, data, trained, config.version, machines.evaluate)
     jobs = expand(Grid(checkpoint=("pretrained", SCRATCH), seed=config.seeds))

@@ -31,6 +31,7 @@ class Recipe(Config):
     """The demo's values with an average over some ten steps, and the table's axes."""
 
     version: str = not_identity("v1")
+    data_version: str = not_identity("v1")  # of the sharded data: a new `version` leaves them as they are
     data: ShardConfig = DEMO.data
     pretrain: PretrainConfig = DEMO.pretrain
     finetune: FinetuneConfig = DEMO.finetune.model_copy(update={"ema_decay": 0.9})
@@ -58,7 +59,7 @@ def build(config: Recipe) -> list[Step]:
         finetune=one,
         evaluate=one,
     )
-    data = shard_step(config.data, config.version, machines.shard)
+    data = shard_step(config.data, config.data_version, machines.shard)
     trained = pretrain_step("demo", config.pretrain, data, config.version, machines.pretrain)
     return fan_out(
         "table",

@@ -62,10 +62,10 @@ def build(config: Recipe) -> list[Step]:
         )
         for name, start in starts(config).items()
     ]
-    place = config.data.name + (f"-{data.version}" if data.version != config.version else "")
+    place = config.data.name + (f"-{data.version}" if data.version != "v1" else "")
     what = _what(config.evaluate.evaluators)
     judged = [replace(step, name=f"{place}-{step.name}{what}") for step in plain]
-    further = also_on(plain, config.also, config.version, Resources(workers=config.shard_workers))
+    further = also_on(plain, config.also, config.data_version, Resources(workers=config.shard_workers))
     return [*judged, *further[len(plain) :]]
 
 

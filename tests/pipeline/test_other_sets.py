@@ -6,9 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from cluster.errors import DriftError
 from pipeline import preflight, recipes
+from pipeline import record as records
+from pipeline.cli import app
 from pipeline.step import Step, topological
+from tests.pipeline.toys import finished
 
 SETS = ("v2", "a", "r", "sketch")
 
@@ -128,3 +133,62 @@ def test_label_files_that_are_not_there_are_told_before_anything_runs(tmp_path: 
     (tmp_path / "absent" / "file").touch()
     again = {f.name: f for f in preflight.examine(module.requirements(config, None))}
     assert "a folder" in str(again["labels of ImageNet-ReaL"]) and not again["class names"].ok
+
+
+def test_a_finished_evaluation_stays_done_without_its_files(tmp_path: Path) -> None:
+    """Of labels and class names that are away nothing is asked; files that are there and differ are drift."""
+    root, names, labels = str(tmp_path / "root"), tmp_path / "names.txt", tmp_path / "real.json"
+
+    def flags() -> list[str]:
+        real = json.dumps([{"kind": "real", "labels": str(labels)}])
+        values = [f"evaluate.classes={names}", f"evaluate.evaluators={real}", f"also.imagenet_real={labels}"]
+        return ["evaluate", "--root", root, "--json", *(part for v in values for part in ("--set", v))]
+
+    def told(command: str) -> dict:
+        done = CliRunner().invoke(app, [command, *flags()])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout.splitlines()[-1])
+
+    names.write_text("n01\n")
+    labels.write_text("[[0]]")
+    values = {"evaluate__classes": str(names), "also__imagenet_real": str(labels)}
+    values["evaluate__evaluators"] = json.dumps([{"kind": "real", "labels": str(labels)}])
+    for step in built("evaluate", **values).values():
+        records.commit(root, step, finished(step))
+    for away in ([names], [labels], [names, labels]):
+        held = [(file, file.read_text()) for file in away]
+        for file in away:
+            file.unlink()
+        assert {step["state"] for step in told("status")["steps"]} == {"done"}
+        assert all(step["reused"] for step in told("run")["steps"])
+        for file, text in held:
+            file.write_text(text)
+    labels.write_text("[[1]]")
+    names.unlink()
+    steps = told("status")["steps"]
+    assert {step["step"].split("/")[0] for step in steps if step["state"] == "drifted"} == {"evaluate"}
+    assert "classes_sha256" not in str(steps), "a file that is away is no difference"
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_table", "evaluate", "downstream_base", "pretrain_base"])
+def test_a_new_version_leaves_the_sharded_data_as_they_are(recipe: str) -> None:
+    also = {} if recipe.startswith("demo") else {"also__imagenet_a": "/data/a"}
+    plain, anew = built(recipe, **also), built(recipe, version="v2", **also)
+    sharded = {id_ for id_ in plain if id_.startswith("shard/")}
+    assert sharded and {id_ for id_ in anew if id_.startswith("shard/")} == sharded
+    assert set(plain) & set(anew) == sharded
+    assert {id_.removesuffix("/v1") for id_ in plain} == {id_[: id_.rindex("/")] for id_ in anew}
+    other = built(recipe, data_version="v2", **also)
+    assert {id_ for id_ in other if id_.startswith("shard/")} == {id_[:-1] + "2" for id_ in sharded}
+
+
+def test_drift_of_data_names_the_version_of_data(tmp_path: Path) -> None:
+    steps = built("demo").values()
+    for step in steps:
+        records.commit(str(tmp_path), step, finished(step))
+    for step in built("demo", data__seed="1", pretrain__global_batch="32").values():
+        if step.kind in ("shard", "pretrain"):
+            with pytest.raises(DriftError) as told:
+                records.load(str(tmp_path), step)
+            setting = "data_version" if step.kind == "shard" else "version"
+            assert f"--set {setting}=" in str(told.value.remedy)
