@@ -224,13 +224,14 @@ class _Watch:
         self._since = 0.0
 
     def expired(self, prefix: str, holder: Holder) -> bool:
+        asked = time.monotonic()  # an answer may take long, and the beat go on meanwhile
         try:
             beat = storage.read_bytes(_uri(prefix, holder.token, "beat"))
         except NotFound:
             beat = b""
         if (holder.token, beat) != self._seen:
             self._seen, self._since = (holder.token, beat), time.monotonic()
-        return time.monotonic() - self._since > holder.ttl_s
+        return asked - self._since > holder.ttl_s
 
 
 def _claim(prefix: str, token: int, owner: str, ttl_s: float) -> Holder | None:
