@@ -73,9 +73,10 @@ def read_labels(uri: str, sha256: str | None, classes: int) -> tuple[list[frozen
 def label_order(classes: Sequence[str]) -> list[int]:
     """The data set's class for each of ReaL's labels, which count ImageNet-1K's WordNet ids in their order.
 
-    Raises ConfigError when the class names are neither WordNet ids nor the numbers 0 … 999.
+    Raises ConfigError when the class names are neither WordNet ids nor the numbers 0 … 999, or are more than the
+    labels count: among the ids of ImageNet-21K the order is another one.
     """
-    if are_wnids(classes):
+    if are_wnids(classes) and len(classes) <= IMAGENET:
         return sorted(range(len(classes)), key=lambda i: classes[i])
     if len(classes) == IMAGENET and all(name.isdecimal() for name in classes):
         order = sorted(range(IMAGENET), key=lambda i: int(classes[i]))
@@ -83,7 +84,7 @@ def label_order(classes: Sequence[str]) -> list[int]:
             return order
     raise ConfigError(
         "the names of the data set's classes do not tell which labels of ImageNet-ReaL they are",
-        expected="class folders with WordNet ids such as n01440764, or all the numbers 0 to 999",
+        expected=f"at most {IMAGENET} class folders with WordNet ids such as n01440764, or all the numbers 0 to 999",
         found=f"{len(classes)} classes: {', '.join(list(classes)[:5])}",
         remedy="shard ImageNet's validation images in folders of WordNet ids; a classifier that does not name its "
         f"classes so gets the names with {CLASSES_REMEDY}",
