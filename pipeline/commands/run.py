@@ -93,7 +93,10 @@ def run_recipe(
 
 
 def _kinds_to_do(root: str, recipe: str, steps: list[Step], search: Search | None) -> set[str]:
-    """The kinds of the steps that are not done; all of them where the root is missing or does not answer."""
+    """The kinds of the steps that are not done; all of them where the root is missing or does not answer.
+
+    Raises DriftError when an output was made from another config: nothing will run, whatever is there or missing.
+    """
     kinds = {step.kind for step in steps}
     if not root:
         return kinds
@@ -102,6 +105,9 @@ def _kinds_to_do(root: str, recipe: str, steps: list[Step], search: Search | Non
         statuses = Runner(storage.join(root), recipe, steps, search=search).plan()
     except (ConfigError, StorageUnavailable):
         return kinds  # the preflight tells what is wrong with it
+    drifted = next((status.error for status in statuses if status.state is State.DRIFTED), None)
+    if drifted:
+        raise drifted
     left = [s for s in statuses if s.state is not State.STOPPED_EARLY and s.state is not State.BLOCKED]
     return {status.step.kind for status in left if status.state is not State.DONE}
 

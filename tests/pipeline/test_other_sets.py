@@ -168,6 +168,8 @@ def test_a_finished_evaluation_stays_done_without_its_files(tmp_path: Path) -> N
     steps = told("status")["steps"]
     assert {step["step"].split("/")[0] for step in steps if step["state"] == "drifted"} == {"evaluate"}
     assert "classes_sha256" not in str(steps), "a file that is away is no difference"
+    run = CliRunner().invoke(app, ["run", *flags()])
+    assert run.exit_code == 2 and "made from another config" in run.output, "GPUs would not help"
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_table", "evaluate", "downstream_base", "pretrain_base"])
