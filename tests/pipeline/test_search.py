@@ -26,15 +26,27 @@ TOTAL = 8
 
 
 def trial(config, inputs, context):
-    """A training that tells its progress; its loss is its value."""
+    """A training that tells its progress; its loss is its value. At each rung it waits to be judged."""
     progress = Progress(context.out, total=TOTAL, unit="steps", interval_s=0)
     for step in range(1, TOTAL + 1):
         progress.update(step, force=True, loss=config.value)
-        time.sleep(config.workers * 0.4)
+        if config.workers and step in (2, 4):
+            wait_for_judge(context.out, rungs=step // 2, to_be_killed=config.workers > 1)
     return toys.train(config, inputs, context)
 
 
+def wait_for_judge(out: str, rungs: int, to_be_killed: bool) -> None:
+    """Until so many rungs are written down; one that was stopped and has a process of its own, until that ends."""
+    uri, deadline = storage.join(out, "rungs.json"), time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = storage.read_json(uri) if storage.exists(uri) else {"rungs": [], "stopped": None}
+        if not to_be_killed if found["stopped"] else len(found["rungs"]) >= rungs:
+            return
+        time.sleep(0.02)
+
+
 def trials(*losses: float, pace: int = 1) -> list[Step]:
+    """`pace`: 0 for trials that nobody judges, 2 for those that have a process of their own."""
     template, steps = toys.chain()[0], []
     trained = toys.replace_function(template.inputs["checkpoint"], trial)
     for number, loss in enumerate(losses):
@@ -44,9 +56,8 @@ def trials(*losses: float, pace: int = 1) -> list[Step]:
 
 
 def run(root: Path, *losses: float, search: Search | None = ASHA) -> dict[str, StepStatus]:
-    runner = Runner(
-        str(root), "toy", trials(*losses), open_session=toys.ThreadSession, max_parallel=1, search=search
-    )
+    steps = trials(*losses, pace=int(search is ASHA))
+    runner = Runner(str(root), "toy", steps, open_session=toys.ThreadSession, max_parallel=1, search=search)
     return {status.step.id: status for status in runner.run()}
 
 
@@ -163,7 +174,7 @@ def test_a_rung_is_the_mean_over_distinct_steps_however_often_one_is_seen(tmp_pa
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_hopeless_trial_on_a_real_ray_is_ended_before_its_end(tmp_path: Path) -> None:
-    steps = trials(1.0, 2.0, pace=4)
+    steps = trials(1.0, 2.0, pace=2)
     runner = Runner(str(tmp_path), "toy", steps, max_parallel=1, search=ASHA)
     found = {status.step.id: status for status in runner.run()}
     assert states(found) == [State.DONE, State.STOPPED_EARLY]

@@ -65,7 +65,7 @@ def config_of(root: str | Path) -> toys.ToyConfig:
     return toys.ToyConfig(calls=f"{root}-calls")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "give",
     [lambda pid: os.killpg(pid, signal.SIGINT), lambda pid: os.kill(pid, signal.SIGTERM)],

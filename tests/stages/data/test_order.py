@@ -128,7 +128,9 @@ def test_an_imagenet_epoch_is_planned_fast_and_small() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert order.samples == 1_281_167 and order.steps_per_epoch == 625
-    assert elapsed < 2.0, f"{elapsed:.2f} s"
+    assert elapsed < 10.0, (
+        f"{elapsed:.2f} s"
+    )  # a fraction of it here; a plan that is not linear takes minutes
     assert peak < 200e6, f"{peak / 1e6:.0f} MB"
 
 

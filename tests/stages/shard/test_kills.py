@@ -166,47 +166,50 @@ def test_ray_replaces_a_killed_worker_and_no_byte_changes(tmp_path: Path) -> Non
 
     source = write_image_folder(tmp_path / "in", classes=3, train=60, val=4)
     reference = _files(_finish(source, tmp_path / "whole"))
+
+    class Deadly(RayExecutor):
+        def map(self, fn: Callable[[Any], Any], items: Iterable[Any], resources: Resources) -> Iterator[Any]:
+            def killed_once(item: Any) -> Any:
+                return _killed_once(fn, tmp_path / "killed", item)
+
+            yield from super().map(killed_once, items, resources)
+
     session = Session()
     try:
-        for trial, kill in enumerate((_kill_a_ray_worker, lambda: None)):
-            out = tmp_path / str(trial)
-            killer = multiprocessing.get_context("fork").Process(target=kill)
-            killer.start()
-            context = StageContext(out=str(out), executor=RayExecutor(), resources=Resources(workers=2))
+        for executor in (Deadly(), RayExecutor()):
+            out = tmp_path / type(executor).__name__
+            context = StageContext(out=str(out), executor=executor, resources=Resources(workers=2))
             artifact = run(_config(source), {}, context).artifact
-            killer.join()
-            assert isinstance(artifact, DatasetRef) and killer.exitcode == 0
+            assert isinstance(artifact, DatasetRef) and (tmp_path / "killed").exists()
             assert _files(artifact) == reference
     finally:
         session.close()
 
 
-def _kill_a_ray_worker() -> None:
-    """SIGKILL the first process that runs a task of ours."""
-    test = psutil.Process(os.getppid())
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        for process in test.children(recursive=True):
-            try:
-                title = " ".join(process.cmdline()[:1])
-                if title.startswith("ray::write_shards"):
-                    process.kill()
-                    return
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        time.sleep(0.002)
-    raise SystemExit("no task was seen")
+def _killed_once(fn: Callable[[Any], Any], marker: Path, item: Any) -> Any:
+    """`fn(item)`; the first process that comes here is killed in the middle of its first shard."""
+    with suppress(FileExistsError):
+        marker.touch(exist_ok=False)
+        Kill("driver", TarWriter, "add_pair", 3, True).install()
+    return fn(item)
 
 
 def test_workers_of_a_killed_program_end_with_it(image_folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / "in" / "train"
+    for number in range(5000):  # hard links: work enough for a minute, however late the kill comes
+        name = f"class_{number % 3}/img_{number % 10}.jpg"
+        link = images / f"class_{number % 3}" / f"{number}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.hardlink_to(image_folder / "train" / name)
     command = [sys.executable, "-m", "stages.shard", "--out", str(tmp_path / "out"), "--workers", "2"]
-    settings = ["--set", "name=killed", "--set", f"source={image_folder}", "--set", "shard_samples=1"]
+    settings = ["--set", "name=killed", "--set", f"source={images.parent}", "--set", "shard_samples=1"]
     driver = psutil.Popen([*command, *settings], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     parts = tmp_path / "out/parts"
     while driver.poll() is None and not (parts.is_dir() and any(parts.rglob("*.json"))):
         time.sleep(0.005)
+    assert driver.poll() is None, "it ended before it was killed"
     workers = driver.children()
     driver.kill()
     driver.wait()
     assert len(workers) >= 2
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
