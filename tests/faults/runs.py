@@ -48,6 +48,23 @@ class Run:
     def ends_well(self, launcher: subprocess.Popen) -> bool:
         return launcher.wait(timeout=400) == 0
 
+    def let(self, step: int) -> None:
+        """Let the ranks take this step and no other after it, until `let` or `open` is called: none ends unkilled."""
+        fresh = self.root / "gate.new"
+        fresh.write_text(str(step))
+        fresh.replace(self.root / "gate")
+
+    def open(self) -> None:
+        """Nothing is held back any more."""
+        for name in ("gate", "hold-uploads"):
+            (self.root / name).unlink(missing_ok=True)
+
+    def begin_upload(self, step: int, interval: int, launcher: subprocess.Popen) -> None:
+        """Return when an upload is under way, which stays so until `open`; the ranks stand at the gate of `step`."""
+        (self.root / "hold-uploads").touch()
+        self.let(step + interval)
+        until(lambda: uploads_under_way(self.out), launcher)
+
     def starts(self) -> list[dict[str, Any]]:
         """Of every start that came to train: the checkpoints that were whole and committed, and its first step."""
         path = Path(f"{self.samples}-starts")
@@ -67,7 +84,11 @@ class Run:
         return (self.root / "run.err").read_text()[-4000:]
 
     def check(self, whole: Run, starts: int, bound: int) -> None:
-        """Weights, moments, average, random state and samples are the undisturbed run's; little was done twice."""
+        """Weights, moments, average, random state and samples are the undisturbed run's; little was done twice.
+
+        `bound` is the most steps that a death may cost: one interval of saves in the foreground; with saves in the
+        background, of which one may be under way until the next is due, two.
+        """
         assert hashes(self.out, self.steps) == hashes(whole.out, self.steps)
         ranks = len(list(whole.root.glob("run.samples-[0-9]*")))
         for rank in range(ranks):

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Timer
@@ -93,6 +94,8 @@ class Killer:
             self.calls[name, step] = call + 1
             if name == "upload_file":
                 time.sleep(self.slow_s)
+                while call > 0 and (self.folder / "hold-uploads").exists():
+                    time.sleep(0.01)
             if name == "save_file" and any(k["where"] == "half save_file" for k in self.kills):
                 Path(args[1]).write_bytes(b"half a file")
                 self.at("half save_file", step, call)
@@ -107,6 +110,16 @@ class Killer:
 
 
 killer = Killer()
+
+
+def stand_at_gate(spec: dict[str, Any], step: int) -> None:
+    """Go no further than the step that the file `gate` names, where there is one, so that a test may be late."""
+    gate = Path(spec.get("marks", ""), "gate")
+    while "marks" in spec and gate.exists():
+        with suppress(FileNotFoundError):
+            if step <= int(gate.read_text()):
+                return
+        time.sleep(0.01)
 
 
 def partition_facts(engine: Any) -> dict[str, Any]:
@@ -231,6 +244,7 @@ class ToyTask:
         if step == spec.get("terminate_at") and rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(spec.get("step_s", 0))
+        stand_at_gate(spec, step)
         if step == spec.get("disk_full_at"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         if step in spec.get("late_at", []) and rank == 1:
