@@ -86,8 +86,8 @@ class Run:
     def check(self, whole: Run, starts: int, bound: int) -> None:
         """Weights, moments, average, random state and samples are the undisturbed run's; little was done twice.
 
-        `bound` is the most steps that a death may cost: one interval of saves in the foreground; with saves in the
-        background, of which one may be under way until the next is due, two.
+        `bound` is the most steps that a death may cost: one interval. Saves in the background are made twice as often,
+        since one may be under way until the next is due.
         """
         assert hashes(self.out, self.steps) == hashes(whole.out, self.steps)
         ranks = len(list(whole.root.glob("run.samples-[0-9]*")))
