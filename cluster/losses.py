@@ -1,6 +1,7 @@
 """Which errors mean that a worker was lost, so that a new start may mend it, and how many starts are given.
 
-Looks at classes by their names: neither ray nor torch need be installed, or imported, to tell.
+Looks at classes by their names, and at what CUDA, HIP and NCCL say: neither ray nor torch need be installed, or
+imported, to tell.
 """
 
 from __future__ import annotations
@@ -15,13 +16,24 @@ from cluster.errors import ItpnError, StepFailed, Stopped, StorageUnavailable, W
 
 log = logging.getLogger(__name__)
 
-# What Ray says of its processes and nodes, and torch of a device that fails (out of memory is not among those).
-_GONE = {"RayError", "RayTrainError", "AcceleratorError"}
+# What Ray says of its processes and nodes.
+_GONE = {"RayError", "RayTrainError"}
 # These derive from RayError too, but hold an error of the task's own code, or would come again.
 _NOT_GONE = {
     "RayTaskError", "UserExceptionWithTraceback", "UserCodeException", "TaskCancelledError",
     "RuntimeEnvSetupError", "TaskUnschedulableError", "ActorUnschedulableError",
 }  # fmt: skip
+# torch says AcceleratorError of all that a device refuses: these texts (of cudaGetErrorString, HIP's are the same) mean
+# that it failed. Illegal accesses and instructions come of defects, but of failing memory and links too (Xid 31, 13):
+# a few starts tell which. What else it says (a device-side assert, an invalid configuration) would come again.
+_DEVICE_FAILED = (
+    "uncorrectable ECC error", "uncorrectable NVLink error", "hardware stack error", "unspecified launch failure",
+    "an illegal memory access was encountered", "an illegal instruction was encountered", "unknown error",
+    "the launch timed out", "is/are busy or unavailable", "no CUDA-capable device", "system not yet initialized",
+    "or a hardware error", "GPU is lost",
+)  # fmt: skip
+# What a broken collective may say that is no peer's doing, and would come again.
+_MISUSED = ("device-side assert", "ncclInvalidUsage", "ncclInvalidArgument")
 
 
 @dataclass
@@ -84,8 +96,9 @@ def cause_of(failures: Mapping[int, BaseException], text: str) -> ItpnError:
     """The error of a group: what is behind those of its ranks.
 
     When a rank raises or dies, the others fail on their next collective, with errors of several kinds. So an error of
-    ours counts most, among those the ones that another start cannot mend; then a death; then a defect; then broken
-    collectives, which are WorkerLost too.
+    ours counts most, among those the ones that another start cannot mend; then what a device refused, which no death
+    elsewhere brings about (but NCCL's watchdog ends the process of a rank that it happens to); then a death; then a
+    defect; then broken collectives, which are WorkerLost too.
 
     Args:
         failures: by rank; empty when the group as a whole failed.
@@ -96,7 +109,9 @@ def cause_of(failures: Mapping[int, BaseException], text: str) -> ItpnError:
     def weight(rank: int) -> int:
         cause, chain = causes[rank], list(_chain(failures[rank]))
         if any(isinstance(link, ItpnError) for link in chain):
-            return {WorkerLost: 2, Stopped: 3, StorageUnavailable: 4}.get(type(cause), 5)
+            return {WorkerLost: 2, Stopped: 4, StorageUnavailable: 5}.get(type(cause), 6)
+        if isinstance(cause, StepFailed) and any(_of_class(link, "AcceleratorError") for link in chain):
+            return 3
         return 2 if any(map(_gone, chain)) else 0 if isinstance(cause, WorkerLost) else 1
 
     first = max(causes, key=weight, default=None)
@@ -119,15 +134,23 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen = inner or seen.__cause__
 
 
+def _of_class(error: BaseException, name: str) -> bool:
+    return any(cls.__name__ == name for cls in type(error).__mro__)
+
+
 def _gone(error: BaseException) -> bool:
     """Whether a process, its node or its device failed. A bare RayError stands for one that could not be sent."""
     names = {cls.__name__ for cls in type(error).__mro__}
-    return type(error).__name__ != "RayError" and bool(names & _GONE) and not names & _NOT_GONE
+    if names & _NOT_GONE or type(error).__name__ == "RayError":
+        return False
+    if "AcceleratorError" in names:
+        return any(text in str(error) for text in _DEVICE_FAILED)
+    return bool(names & _GONE)
 
 
 def _peer_gone(error: BaseException) -> bool:
     """Whether a collective broke, or reached its time limit, since a peer is gone or late."""
-    if any(cls.__name__ == "DistError" for cls in type(error).__mro__):
-        return True
+    if _of_class(error, "DistError"):
+        return not any(text in str(error) for text in _MISUSED)
     # gloo's errors are bare RuntimeErrors that begin with the place in its source.
     return isinstance(error, RuntimeError) and "gloo" in str(error).lower()

@@ -22,6 +22,28 @@ DIED = WorkerHealthCheckFailedError("no answer", ray.exceptions.ActorDiedError()
 BROKEN = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 NCCL = torch.distributed.DistBackendError("NCCL error: remote process exited")
 DEFECT = ValueError("seven is no colour")
+# As CUDA and NCCL say it: the first line, then torch's advice.
+ADVICE = """
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+ASSERTED = torch.AcceleratorError("CUDA error: device-side assert triggered" + ADVICE)
+ECC = torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered" + ADVICE)
+REMOTE = torch.distributed.DistBackendError(
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error\n"
+    "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+)
+MISUSED = torch.distributed.DistBackendError(
+    "NCCL error in: NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5\n"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 6000"
+)
+UNHANDLED = torch.distributed.DistBackendError(
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nCuda failure 710 'device-side assert triggered'"
+)
 FULL = StepFailed("rank 1 could not write the checkpoint of step 8", found="No space left on device")
 
 
@@ -34,8 +56,16 @@ def from_a_task(error: Exception) -> Exception:
     "error",
     [
         DIED, BROKEN, NCCL, ray.exceptions.WorkerCrashedError(), ray.exceptions.OutOfMemoryError("killed"),
-        ray.exceptions.ActorUnavailableError("no answer", None), torch.AcceleratorError("the device is gone"),
-        from_a_task(BROKEN), from_a_task(NCCL),
+        ray.exceptions.ActorUnavailableError("no answer", None), ECC, REMOTE,
+        from_a_task(BROKEN), from_a_task(NCCL), from_a_task(ECC),
+        *(
+            torch.AcceleratorError(f"CUDA error: {text}{ADVICE}")
+            for text in (
+                "unspecified launch failure", "an illegal memory access was encountered", "unknown error",
+                "uncorrectable NVLink error detected during the execution", "no CUDA-capable device is detected",
+                "CUDA-capable device(s) is/are busy or unavailable",
+            )
+        ),
     ],
 )  # fmt: skip
 def test_gone_processes_devices_and_peers_are_lost_workers(error: Exception) -> None:
@@ -51,6 +81,20 @@ def test_gone_processes_devices_and_peers_are_lost_workers(error: Exception) -> 
 )  # fmt: skip
 def test_what_would_come_again_is_no_lost_worker(error: Exception) -> None:
     assert type(told(error, "rank 0")) is StepFailed
+
+
+@pytest.mark.parametrize("text", ["device-side assert triggered", "invalid configuration argument"])
+def test_what_a_device_refuses_ends_at_once_with_its_words(text: str) -> None:
+    error = torch.AcceleratorError(f"CUDA error: {text}{ADVICE}")
+    found = told(error, "rank 0")
+    assert type(found) is StepFailed and f"CUDA error: {text}" in str(found)
+    assert type(told(from_a_task(error), "rank 0")) is StepFailed
+
+
+@pytest.mark.parametrize(("error", "text"), [(MISUSED, "Duplicate GPU"), (UNHANDLED, "assert triggered")])
+def test_nccl_that_is_used_wrongly_is_no_lost_peer(error: Exception, text: str) -> None:
+    found = told(error, "rank 0")
+    assert type(found) is StepFailed and text in str(found)
 
 
 @pytest.mark.parametrize("error", [FULL, DataInvalid("a"), ConfigError("b"), WorkerLost("c"), Stopped("d")])
@@ -71,6 +115,9 @@ def test_error_of_ours_stays_what_it_is(error: ItpnError) -> None:
         ({0: BROKEN, 1: DEFECT}, StepFailed),
         ({0: DEFECT, 1: DIED}, WorkerLost),  # what it said of a peer's death may have no class
         ({0: Stopped("saved"), 1: DIED}, Stopped),
+        ({0: ASSERTED, 1: DIED}, StepFailed),  # the watchdog ended rank 1, whose device asserted too
+        ({0: ASSERTED, 1: DataInvalid("a shard is broken")}, DataInvalid),
+        ({0: ECC, 1: REMOTE}, WorkerLost),
         ({}, WorkerLost),
     ],
 )
