@@ -15,6 +15,7 @@ from stages.model.config import BackboneConfig
 from stages.train.config import EngineConfig, OptimiserConfig
 from stages.train.engine import Engine, piece_size
 from stages.train.optim import parameter_groups
+from tests.stages.train.gradients import WHOLE, Coefficients
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -117,17 +118,6 @@ def test_pieces_are_the_largest_equal_ones_within_the_limit_and_keep_pairs(
     assert piece_size(samples, most) == size
 
 
-class Coefficients(nn.Module):
-    """The gradient of every weight is the mean of the coefficients given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(40))
-
-    def forward(self, coefficients_B: Tensor) -> Tensor:
-        return (coefficients_B[:, None] * self.weight).sum(1).mean()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("micro_batch", [1, 3, None])
@@ -166,7 +156,7 @@ def test_pieces_of_a_step_add_up_in_fp32(
                 engine.micro_step_done()
         result = engine.step(1e-3, skip=False)
         # Rounded once to 16 bits, where ranks exchange gradients; without anything lost before.
-        assert result.applied and result.grad_norm == pytest.approx((4096 + 63) / 64 * 40**0.5, rel=2**-8)
+        assert result.applied and result.grad_norm == pytest.approx((4096 + 63) / 64 * WHOLE**0.5, rel=2**-8)
     finally:
         engine.close()
 

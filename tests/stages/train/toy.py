@@ -125,17 +125,13 @@ def stand_at_gate(spec: dict[str, Any], step: int) -> None:
 def partition_facts(engine: Any) -> dict[str, Any]:
     """What of the state this rank holds, read from DeepSpeed's own structures."""
     parameters = list(engine.module.parameters())
-    zero = engine.model.optimizer
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    partitions = getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", {})  # of stage 3
-    gradients = sum(part.numel() for part in partitions.values())
     return {
         "stage": engine.model.zero_optimization_stage(),
         "parameters": whole,
         "resident": sum(p.data.numel() for p in parameters),
         "optimiser": sum(t.numel() for s in engine.optimiser.state.values() for t in s.values() if t.dim())
         // 2,
-        "gradients_partitioned": 0 < gradients < whole or getattr(zero, "partition_gradients", False),
     }
 
 
