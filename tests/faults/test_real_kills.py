@@ -26,7 +26,7 @@ from pipeline.runner import Runner
 from pipeline.status import State
 from stages.artifacts import Outcome
 from stages.context import StageContext
-from tests.faults.runs import SAME_ARITHMETIC, STEP_S, Run, ranks_of, until, uploads_under_way
+from tests.faults.runs import SAME_ARITHMETIC, STEP_S, Run, ranks_of, until
 from tests.pipeline import toys
 from tests.stages.images import shard_folder, write_image_folder
 from tests.stages.train import ranks, toy
@@ -82,11 +82,12 @@ def test_shards_on_s3_zero_3_and_bf16_survive_ranks_launchers_and_uploads_cut_of
     )  # fmt: skip
     targets = sorted(seeded.sample(range(2, STEPS - 2 * INTERVAL), 3))
     for victim, target in zip(seeded.sample(["rank", "launcher", "upload"], 3), targets, strict=True):
+        run.let(target)
         launcher, before = run.launch(), len(run.starts())
         until(lambda n=before: len(run.starts()) > n, launcher)
         until(lambda step=target: run.step() >= step, launcher)
         if victim == "upload":
-            until(lambda: uploads_under_way(run.out), launcher)
+            run.begin_upload(target, INTERVAL, launcher)
         until(lambda process=launcher: len(ranks_of(process)) == 2, launcher)
         time.sleep(seeded.uniform(0, STEP_S))
         alive = list(ranks_of(launcher).values())
@@ -97,7 +98,8 @@ def test_shards_on_s3_zero_3_and_bf16_survive_ranks_launchers_and_uploads_cut_of
             alive = list(ranks_of(launcher).values())
         launcher.kill()
         launcher.wait()
-        assert not psutil.wait_procs(alive, timeout=30)[1], "ranks outlived their launcher"
+        assert not psutil.wait_procs(alive, timeout=60)[1], "ranks outlived their launcher"
+        run.open()
     assert run.ends_well(run.launch()), run.errors()
     assert run.killed() == len(kills)
     run.check(whole, len(targets) + 1, bound=INTERVAL)
@@ -136,12 +138,15 @@ def test_group_under_ray_restarts_by_itself_after_kills_and_a_rank_that_stands_s
     def disturb() -> None:
         for target, kind in zip((first, second), (signal.SIGKILL, signal.SIGSTOP), strict=True):
             deadline, starts = time.monotonic() + 400, 2 + len(sent)
+            run.let(target)
             while time.monotonic() < deadline and not (len(run.starts()) >= starts and run.step() >= target):
                 time.sleep(0.01)
             pid = int((tmp_path / f"pid-{seeded.randrange(2)}").read_text())
             sent.append((pid, kind))
             os.kill(pid, kind)
+        run.open()
 
+    run.let(first)
     thread = Thread(target=disturb, daemon=True)
     thread.start()
     executor = RayExecutor(max_restarts=6)  # a busy machine may exceed the time limit once more
