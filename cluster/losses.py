@@ -42,32 +42,44 @@ class Restarts:
 
     Args:
         most: so many in a row, which means without anything new in `marks` between them.
-        marks: a folder where work that is safe leaves a file, such as a training's checkpoints. A run of weeks meets
-            more faults than `most`, but goes on in between; a fault that comes again at the same place does not.
+        marks: a folder where work that is safe leaves a JSON file, such as the manifest of a training's checkpoint. A
+            run of weeks meets more faults than `most`, but goes on in between; a fault that comes again at the same
+            place does not.
     """
 
     most: int = 3
     marks: str | None = None
     used: int = 0
+    _blind: int = (
+        0  # losses while the store was away, of which it is not known whether there was progress between
+    )
     _seen: frozenset[str] = frozenset()
 
     def grant(self, error: ItpnError) -> bool:
         """Whether there is another start after `error`."""
         now = self._look()
-        self.used = 1 if now - self._seen else self.used + 1
-        self._seen |= now
-        if self.used > self.most:
+        if now is None:
+            self._blind += 1
+        else:
+            self.used = 1 if now - self._seen else self.used + self._blind + 1
+            self._blind, self._seen = 0, self._seen | now
+        count = self._blind or self.used
+        if count > self.most:
             return False
-        log.warning("restart %d of %d: %s", self.used, self.most, error)
+        log.warning("restart %d of %d: %s", count, self.most, error)
         return True
 
-    def _look(self) -> frozenset[str]:
+    def _look(self) -> frozenset[str] | None:
+        """The marks; None when the store does not tell. Files below folders are no marks: an upload that came to
+        nothing leaves such."""
         if self.marks is None:
             return frozenset()
+        folder = storage.join(self.marks)
         try:
-            return frozenset(info.uri for info in storage.list_files(self.marks))
+            uris = [info.uri for info in storage.list_files(folder)]
         except StorageUnavailable:
-            return self._seen  # not known: no progress
+            return None
+        return frozenset(uri for uri in uris if uri.endswith(".json") and uri.rpartition("/")[0] == folder)
 
 
 def told(error: BaseException, name: str) -> ItpnError:

@@ -30,7 +30,7 @@ from cluster.errors import (
     StorageUnavailable,
     WorkerLost,
 )
-from cluster.jobs import RayExecutor, Session
+from cluster.jobs import Job, RayExecutor, Session
 from cluster.lease import Lease
 from cluster.losses import Restarts
 from pipeline import record as records
@@ -45,6 +45,7 @@ from pipeline.version import code_version, host, library_versions
 from stages.adopt.config import AdoptConfig
 from stages.artifacts import Artifact, CheckpointRef, Outcome
 from stages.context import StageContext
+from stages.train.layout import CHECKPOINTS
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Runner:
         self._search = search if search and search.kind != "off" else None
         self._judge: Judge | None = None
         self._session: Session | None = None
-        self._stopping = threading.Event()
+        self._stopping, self._at_once = threading.Event(), threading.Event()
         self._ends = Ends(root, recipe)
 
     def plan(self) -> list[StepStatus]:
@@ -129,11 +130,12 @@ class Runner:
             self._session = self._open_session()
             try:
                 self._refuse_what_never_fits()
+                running: dict[Future[Record], Step] = {}
                 with ThreadPoolExecutor(self._max_parallel, thread_name_prefix="step") as pool:
                     try:
-                        self._loop(pool)
+                        self._loop(pool, running)
                     except BaseException:
-                        self._stopping.set()
+                        self._stop(running)
                         raise
             finally:
                 self._session.close()
@@ -152,8 +154,17 @@ class Runner:
                     remedy="ask for fewer workers (see --set and the recipe), or join a larger cluster with --address",
                 )
 
-    def _loop(self, pool: ThreadPoolExecutor) -> None:
-        running: dict[Future[Record], Step] = {}
+    def _stop(self, running: dict[Future[Record], Step]) -> None:
+        """End the steps that run, trainings with their state saved; being interrupted again ends them at once."""
+        self._stopping.set()
+        try:
+            while running:
+                self._collect(running)
+        except BaseException:
+            self._at_once.set()
+            raise
+
+    def _loop(self, pool: ThreadPoolExecutor, running: dict[Future[Record], Step]) -> None:
         while True:
             for step in self.steps:
                 if self.status[step.id].state is State.TODO and step not in running.values():
@@ -165,17 +176,21 @@ class Runner:
                         running[pool.submit(self._run_step, step)] = step
             if not running:
                 return
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in done:
-                step = running.pop(future)
-                try:
-                    self._set(step, State.DONE, record=future.result())
-                except Stopped as error:
-                    self._set(step, State.STOPPED, error=error, note="run again: it goes on from there")
-                except StoppedEarly as error:
-                    self._set(step, State.STOPPED_EARLY, note=error.message)
-                except ItpnError as error:
-                    self._set(step, State.FAILED, error=error)
+            self._collect(running)
+
+    def _collect(self, running: dict[Future[Record], Step]) -> None:
+        """Wait until one of the steps ends, and note how."""
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            step = running.pop(future)
+            try:
+                self._set(step, State.DONE, record=future.result())
+            except Stopped as error:
+                self._set(step, State.STOPPED, error=error, note=str(error.found or error.message))
+            except StoppedEarly as error:
+                self._set(step, State.STOPPED_EARLY, note=error.message)
+            except ItpnError as error:
+                self._set(step, State.FAILED, error=error)
 
     def _block(self, step: Step, lost: StepStatus, pool: ThreadPoolExecutor) -> None:
         """Skip a step whose input is not done, and register that where the input failed (not: was stopped)."""
@@ -211,7 +226,7 @@ class Runner:
         prefix = storage.join(step.output(self.root), "lease")
         with Lease.acquire(prefix, ttl_s=LEASE_S, wait_s=None if self._wait else 0, on_wait=waiting) as lease:
             tries = retries = 0
-            marks = storage.join(step.output(self.root), "checkpoints")
+            marks = storage.join(step.output(self.root), CHECKPOINTS)
             restarts = Restarts(marks=marks)
             while True:
                 if (finished := records.load(self.root, step)) is not None:
@@ -232,7 +247,7 @@ class Runner:
                 except (WorkerLost, StorageUnavailable, Stopped) as error:
                     # Asked to stop by somebody else than this runner (a node that is taken away): it resumes.
                     if self._stopping.is_set():
-                        raise self._stopped(step) from None
+                        raise self._stopped(step, error) from None
                     # A single worker is the task itself: it gets here the restarts that a group gets in its task.
                     alone = step.resources.workers == 1 and not isinstance(error, Stopped)
                     if alone and restarts.grant(error):
@@ -323,25 +338,43 @@ class Runner:
         try:
             while not self._session.wait([job], timeout_s=1.0):
                 if self._stopping.is_set():
-                    raise self._stopped(step)
+                    self._let_save(step, job, context.attempt)
+                    break
                 if self._judge:
                     self._judge.look(step, began)
                 with suppress(StorageUnavailable):  # not known to be lost; asked again before the record
                     lease.check()
-        except BaseException as error:
-            if isinstance(error, Stopped) and self._session.ask_to_stop(context.attempt):
-                self._set(step, State.RUNNING, note=f"saves its state (at most {SAVE_S:.0f} s)")
-                self._session.wait([job], timeout_s=SAVE_S)
+            result = job.result()
+        except BaseException:
             if not self._session.wait([job], timeout_s=0.0):
                 job.cancel()
                 self._session.wait([job], timeout_s=30.0)
+            self._session.forget(context.attempt)
             raise
-        result = job.result()
         return result["wall_s"], result["worker_s"], Outcome.model_validate(result["outcome"])
 
+    def _let_save(self, step: Step, job: Job, attempt: str) -> None:
+        """Have a training save and end by itself; returns when it has ended, in whatever way.
+
+        Raises Stopped, with the reason, when the task is to be ended without a save.
+        """
+        assert self._session is not None
+        if not self._session.ask_to_stop(attempt):
+            raise Stopped("it had nothing to save")
+        self._set(step, State.RUNNING, note=f"saves its state (at most {SAVE_S:.0f} s)")
+        until = time.monotonic() + SAVE_S
+        while not self._session.wait([job], timeout_s=1.0):
+            if time.monotonic() > until or self._at_once.is_set():
+                late = "when it was to end at once" if self._at_once.is_set() else f"after {SAVE_S:.0f} s"
+                raise Stopped(f"it had not saved {late}")
+
     @staticmethod
-    def _stopped(step: Step) -> Stopped:
-        return Stopped(f"'{step.id}' was stopped", remedy="run again: it goes on from what it has committed")
+    def _stopped(step: Step, cause: ItpnError | None = None) -> Stopped:
+        return Stopped(
+            f"'{step.id}' was stopped",
+            found=cause.message if cause else None,
+            remedy="run again: it goes on from what it has committed",
+        )
 
     def _artifact(self, step: Step) -> Artifact:
         record = self.status[step.id].record

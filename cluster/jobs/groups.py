@@ -7,15 +7,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 from cluster import scratch
 from cluster.errors import Stopped, StorageRefused, StorageUnavailable, WorkerLost
+from cluster.jobs import room
 from cluster.jobs.session import Job
-from cluster.jobs.stopping import StopOrder, alone, attended, draining
+from cluster.jobs.stopping import StopOrder, alone, attended
 from cluster.losses import Restarts, cause_of
 from cluster.resources import Resources
 
@@ -61,6 +61,9 @@ class RayExecutor:
                 starts, began = starts + 1, time.monotonic()
                 try:
                     return self._group(partial(attended, fn, order.key), spec | again, resources, size)
+                except _NoRoom:
+                    log.info("the room for %d workers was taken by others; they wait again", size)
+                    size = 0  # none of them has run
                 except Stopped:
                     if order.is_given():
                         raise
@@ -87,44 +90,44 @@ class RayExecutor:
     def _size(self, resources: Resources, spec: dict, order: StopOrder) -> int:
         """The most workers that can be placed now; waits for the fewest that will do, and asks the cluster for them."""
         fixed = resources.fewest == resources.workers
-        sizes = spec.get("world_sizes") or range(resources.fewest, resources.workers + 1)
-        wanted, least = (resources.workers,) * 2 if fixed else (sizes[-1], sizes[0])
-        began, told = time.monotonic(), False
-        place = str(spec.get("marks") or order.key)
+        sizes = [resources.workers] if fixed else spec.get("world_sizes") or _range(resources)
+        began, wanted, told = time.monotonic(), sizes[-1], False
         while True:
-            with _asked_for(wanted, resources, place) as placed:
-                while not placed(1.0):
-                    if order.is_given():
-                        raise Stopped("stopped while waiting for room", remedy="run it again")
-                    if told or time.monotonic() - began < self.patience_s:
-                        continue
-                    room, told = _room(resources), True
-                    fitting = [size for size in sizes if size <= room] if not fixed else []
-                    if fitting:
-                        log.info("%d of %d workers can be placed", fitting[-1], resources.workers)
-                        return fitting[-1]
-                    log.warning("waiting for room: %d of at least %d workers can be placed", room, least)
-                    if wanted > least:
+            with room.asked_for(wanted, resources, order.key) as placed:
+                there = placed(1.0)
+                while not there and not order.is_given():
+                    if not told and time.monotonic() - began >= self.patience_s:
                         break
-                else:
-                    if order.is_given():
-                        raise Stopped("stopped before the group was started", remedy="run it again")
+                    there = placed(1.0)
+                if order.is_given():
+                    raise Stopped("stopped before the group was started", remedy="run it again")
+                if there and wanted == sizes[-1]:
                     return wanted
-            wanted = least  # a cluster that cannot grow to the full size would not grow at all
+                if there:  # more may have come than was asked for; Ray's view of the rest is a moment late
+                    time.sleep(1.0)
+                count = room.fitting(resources) + (wanted if there else 0)
+            fitting = [size for size in sizes if size <= count]
+            if fitting:
+                log.info("%d of %d workers can be placed", fitting[-1], resources.workers)
+                return fitting[-1]
+            log.warning("waiting for room: %d of at least %d workers can be placed", count, sizes[0])
+            # A cluster that cannot grow to the full size would not grow at all for it.
+            wanted, told = sizes[0], True
 
     def _group(self, fn: Callable[[dict], dict], spec: dict, resources: Resources, size: int) -> dict:
         os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
         # Ray's own watch would restart a group on a node's notice; `stopping.attended` has it saved first.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # There was room a moment ago. Who takes it first is served; the other waits where it hears an order to stop.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
         from ray.train.v2.api.config import FailureConfig
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        elastic = resources.fewest < resources.workers
-        # What an elastic group was promised may be gone again: then its size is decided anew, here.
-        failures = FailureConfig(max_failures=0, controller_failure_limit=0 if elastic else -1)
-        per_worker = _per_worker(resources)
+        # Restarts are ours (above): Ray would also repeat errors that cannot go away, and wait for room unheard.
+        failures = FailureConfig(max_failures=0, controller_failure_limit=0)
         with tempfile.TemporaryDirectory(prefix="ray-train-", dir=scratch.folder()) as state:
             trainer = TorchTrainer(
                 cast(
@@ -137,14 +140,15 @@ class RayExecutor:
                 scaling_config=ScalingConfig(
                     num_workers=size,
                     use_gpu=bool(resources.gpus),
-                    resources_per_worker=per_worker,
+                    resources_per_worker=room.per_worker(resources),
                 ),
-                # Restarts are ours (above): Ray would also repeat errors that cannot go away.
                 run_config=RunConfig(storage_path=state, failure_config=failures),
             )
             try:
                 return cast(Any, trainer.fit()).return_value
             except TrainingFailedError as error:
+                if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
+                    raise _NoRoom from None
                 raise cause_of(getattr(error, "worker_failures", None) or {}, str(error)) from None
 
     def map(self, fn: Callable[[Any], Any], items: Iterable[Any], resources: Resources) -> Iterator[Any]:
@@ -171,38 +175,9 @@ class RayExecutor:
             yield Job(ref, "a task of the step").result()
 
 
-def _room(resources: Resources) -> int:
-    """How many workers fit on the nodes that are there to stay, beside what runs on them."""
-    from ray._private.state import available_resources_per_node
-
-    wanted = {name: count for name, count in _per_worker(resources).items() if count}
-    going, room = draining(), 0
-    for node, free in available_resources_per_node().items():
-        if node not in going:
-            room += min(int(free.get(name, 0.0) / count + 1e-6) for name, count in wanted.items())
-    return room
+class _NoRoom(Exception):
+    """The room that a group was to start in went to others."""
 
 
-def _per_worker(resources: Resources) -> dict[str, float]:
-    return {"CPU": resources.cpus} | ({"GPU": resources.gpus} if resources.gpus else {})
-
-
-@contextmanager
-def _asked_for(size: int, resources: Resources, place: str) -> Iterator[Callable[[float], bool]]:
-    """Ask the cluster for room for `size` workers, so that one which can grow does; the room is free again afterwards.
-
-    Yields whether there is room, a function of the seconds to wait for it.
-
-    Args:
-        place: what the room is for. Room that a task asked for which was killed meanwhile is given back first.
-    """
-    from ray.util import get_placement_group, placement_group, remove_placement_group
-
-    name = f"itpn-room-{place}"
-    with suppress(ValueError):  # there is none of this name
-        remove_placement_group(get_placement_group(name))
-    group = placement_group([_per_worker(resources)] * size, name=name)
-    try:
-        yield group.wait
-    finally:
-        remove_placement_group(group)
+def _range(resources: Resources) -> range:
+    return range(resources.fewest, resources.workers + 1)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import ConfigError
+from cluster.jobs import room
 from cluster.jobs.stopping import STOP, stop_key
 from cluster.losses import told
 from cluster.resources import Resources, cpu_count
@@ -20,6 +24,9 @@ log = logging.getLogger(__name__)
 class Session:
     """A connection to a Ray cluster, or a local one that lives as long as this object.
 
+    While it is open SIGTERM raises SystemExit(143) in the main thread, where it was opened there. Ray itself would
+    abort the process.
+
     Args:
         address: `None` starts a local Ray on 127.0.0.1; `auto` or `host:port` joins a running cluster.
     """
@@ -28,6 +35,8 @@ class Session:
         import ray
 
         self._local = address is None
+        self._main = threading.current_thread() is threading.main_thread()
+        self._sigterm = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -50,6 +59,8 @@ class Session:
                 found=str(error).splitlines()[0],
                 remedy="start one with `ray start --head`, or leave --address out for a local Ray",
             ) from None
+        if self._main:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     def submit(self, fn: Callable[..., Any], *args: Any, resources: Resources, name: str) -> Job:
         """Start `fn(*args)` as one Ray task in a fresh process.
@@ -76,7 +87,7 @@ class Session:
         return [job for job in jobs if job.ref in ready]
 
     def ask_to_stop(self, attempt: str) -> bool:
-        """Ask the workers of a step's attempt to save and end (see `RayExecutor`); returns at once.
+        """Ask the workers of a step's attempt to save and end (see `RayExecutor`), without waiting for them.
 
         Returns whether the order is given: False where nobody is there to save (the task has not begun, does work
         that has nothing to save, or has ended), and where the head of the cluster is away, which is logged.
@@ -91,6 +102,16 @@ class Session:
             log.error("the workers were not asked to save and stop: %s: %s", type(error).__name__, error)
             return False
         return True
+
+    def forget(self, attempt: str) -> None:
+        """Remove from the cluster what an attempt that was killed could not remove itself."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        try:
+            room.forget(stop_key(attempt))
+            _internal_kv_del(stop_key(attempt))
+        except Exception as error:  # the head of the cluster is away
+            log.warning("%s may still hold room in the cluster: %s: %s", attempt, type(error).__name__, error)
 
     def capacity(self) -> dict[str, float]:
         """Total resources of the cluster by Ray's names (CPU, GPU, memory, …)."""
@@ -116,6 +137,8 @@ class Session:
         import ray
 
         ray.shutdown()
+        if self._main and self._sigterm is not None:
+            signal.signal(signal.SIGTERM, self._sigterm)
 
 
 @dataclass(frozen=True)

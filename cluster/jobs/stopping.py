@@ -56,28 +56,28 @@ class StopOrder:
     """
 
     def __init__(self, spec: dict) -> None:
-        self._heard, self._given = heard(spec), threading.Event()
+        self._heard, self._seen = heard(spec), False
+        self._sigterm, self._ended = threading.Event(), threading.Event()
+        self._previous: Any = None
+        self._passing_on = threading.Thread(target=self._pass_on, daemon=True)
 
     def is_given(self) -> bool:
         """Whether the order is given, by either."""
-        if not self._given.is_set() and _is_marked(self.key):
-            self._given.set()
-        return self._given.is_set()
+        self._seen = self._seen or self._sigterm.is_set() or _is_marked(self.key)
+        return self._seen
 
     def __enter__(self) -> StopOrder:
-        self._previous: Any = None
-        self._ended = threading.Event()
         self.key = self._heard.__enter__()
         if threading.current_thread() is threading.main_thread():
             # The handler itself may run inside one of Ray's calls, so that it must make none.
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._given.set())
-            threading.Thread(target=self._pass_on, daemon=True).start()
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._sigterm.set())
+            self._passing_on.start()
         return self
 
     def _pass_on(self) -> None:
         from ray.experimental.internal_kv import _internal_kv_put
 
-        while not self._given.wait(WATCH_S):
+        while not self._sigterm.wait(WATCH_S):
             if self._ended.is_set():
                 return
         began = told = time.monotonic()
@@ -100,6 +100,7 @@ class StopOrder:
         self._ended.set()
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
+            self._passing_on.join(WATCH_S * 2)  # else it might set the mark after its removal
         self._heard.__exit__(*exception)
 
 

@@ -36,9 +36,12 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             if kwargs.get("as_json"):
                 view.print_json({"ok": False, "exit_code": error.exit_code, "error": str(error)})
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit) as end:  # the second is what Session makes of SIGTERM
+            code = 130 if isinstance(end, KeyboardInterrupt) else 143
             err.print("stopped; finished steps are kept, run the same command again to go on")
-            raise typer.Exit(130) from None
+            if kwargs.get("as_json"):
+                view.print_json({"ok": False, "exit_code": code, "error": "stopped"})
+            raise typer.Exit(code) from None
 
     wrapper.__signature__ = inspect.signature(command, eval_str=True)  # type: ignore[attr-defined]
     return wrapper

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster import distributed
+from cluster import distributed, storage
 from cluster.distributed import World
 from cluster.errors import ConfigError
 from stages.artifacts import Artifact, CheckpointRef, Outcome
@@ -16,6 +16,7 @@ from stages.context import StageContext
 from stages.finetune.config import FinetuneConfig
 from stages.train.handover import trained, training_data
 from stages.train.launch import as_rank, spec_of, world_sizes
+from stages.train.layout import CHECKPOINTS
 
 
 def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
@@ -33,6 +34,7 @@ def run(config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageCo
     spec = spec_of(
         context,
         timeout_s=config.engine.timeout_s,
+        marks=storage.join(context.out, CHECKPOINTS),
         world_sizes=world_sizes(context.resources, config, config.data.streams),
         config=config.model_dump(mode="json"),
         data=data.model_dump(),

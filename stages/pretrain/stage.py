@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cluster import distributed
+from cluster import distributed, storage
 from cluster.distributed import World
 from stages.artifacts import Artifact, Outcome
 from stages.context import StageContext
 from stages.pretrain.config import PretrainConfig
 from stages.train.handover import trained, training_data
 from stages.train.launch import as_rank, spec_of, world_sizes
+from stages.train.layout import CHECKPOINTS
 
 
 def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageContext) -> Outcome:
@@ -28,6 +29,7 @@ def run(config: PretrainConfig, inputs: Mapping[str, Artifact], context: StageCo
     spec = spec_of(
         context,
         timeout_s=config.engine.timeout_s,
+        marks=storage.join(context.out, CHECKPOINTS),
         world_sizes=world_sizes(context.resources, config, config.data.streams),
         config=config.model_dump(mode="json"),
         data=data.model_dump(),

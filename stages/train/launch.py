@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cluster import distributed, storage
+from cluster import distributed
 from cluster.distributed import World
 from cluster.errors import ConfigError
 from cluster.executor import LocalExecutor
@@ -19,14 +19,14 @@ from stages.train.config import LoopConfig
 def spec_of(context: StageContext, *, timeout_s: float, **values: Any) -> dict[str, Any]:
     """The picklable description of a rank's work: `values` and what ranks need of the context.
 
-    `timeout_s` limits every collective of the group. `gpus` is None in a plain process, which takes the GPUs that it
-    finds; elsewhere it is what was granted, so that a step that was granted none never computes on a GPU that
-    others were.
+    Only work that saves when it is asked to stop gives `marks`, the folder of its checkpoints
+    (`cluster.jobs.RayExecutor`). `timeout_s` limits every collective of the group. `gpus` is None in a plain process,
+    which takes the GPUs that it finds; elsewhere it is what was granted, so that a step that was granted none never
+    computes on a GPU that others were.
     """
     return {
         "out": context.out,
         "files": context.files,
-        "marks": storage.join(context.out, "checkpoints"),
         "attempt": context.attempt,
         "code_version": context.code_version,
         "cpus": context.resources.cpus,

@@ -12,7 +12,7 @@ from threading import Thread
 import pytest
 
 from cluster.errors import ConfigError, Stopped
-from cluster.jobs import RayExecutor, Session, groups, stopping
+from cluster.jobs import RayExecutor, Session, room, stopping
 from cluster.resources import Resources, cpu_count
 
 pytestmark = pytest.mark.timeout(300)
@@ -104,9 +104,9 @@ def test_asking_the_attempt_of_a_step_lets_its_ranks_save_first(session: Session
 
 
 def wait_for_room(spec: dict) -> dict:
-    """In a step's task: a group that there is no room for."""
+    """In a step's task: a group that there is no room for yet."""
     (Path(spec["folder"]) / "task").write_text(str(os.getpid()))
-    size = Resources(workers=spec["most"], min_workers=spec["least"], cpus=0.5)
+    size = Resources(workers=spec["most"], min_workers=spec["least"], cpus=spec.get("cpus", 0.5))
     return RayExecutor(patience_s=1.0).workers(steps, spec, size)
 
 
@@ -128,16 +128,74 @@ def test_group_that_waits_for_room_asks_for_it_and_hears_sigterm(
         lambda: asked_of_the_cluster() == {asked},
         lambda: os.kill(int((tmp_path / "task").read_text()), signal.SIGTERM),
     )
-    with pytest.raises(Stopped, match="stopped while waiting for room"):
+    with pytest.raises(Stopped, match="stopped before the group was started"):
         job.result()
     assert not list(tmp_path.glob("started-*"))
     assert asked_of_the_cluster() == set(), "nobody waits any more"
 
 
-def test_room_that_a_killed_task_waited_for_is_given_back(session: Session) -> None:
-    with groups._asked_for(1, Resources(cpus=1), "a-step") as placed:
+def until(condition: Callable[[], object]) -> None:
+    """Wait for it; the test's own time limit ends what never comes."""
+    while not condition():
+        time.sleep(0.05)
+
+
+def test_elastic_group_that_waited_takes_all_the_room_that_came(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "steps": 2, "most": 2, "least": 1, "attempt": "a", "timeout_s": 60}
+    spec |= {"cpus": cpu_count() / 2}
+    with room.asked_for(1, Resources(cpus=cpu_count()), "others") as placed:
         assert placed(60.0)
-        with groups._asked_for(1, Resources(cpus=cpu_count()), "a-step") as placed_again:
+        job = session.submit(wait_for_room, spec, resources=Resources(workers=2), name="elastic")
+        until(lambda: asked_of_the_cluster() == {1})
+    assert job.result()["world"] == 2
+
+
+@pytest.mark.slow
+def test_of_two_groups_that_wait_for_the_same_room_the_one_left_over_hears_an_order(
+    session: Session, tmp_path: Path
+) -> None:
+    jobs = {}
+    with room.asked_for(1, Resources(cpus=cpu_count()), "others") as placed:
+        assert placed(60.0)
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            spec = {"folder": str(tmp_path / name), "steps": 10_000, "most": 2, "least": 2, "attempt": name}
+            spec |= {"cpus": cpu_count() / 2, "marks": str(tmp_path / name / "checkpoints"), "timeout_s": 60}
+            jobs[name] = session.submit(wait_for_room, spec, resources=Resources(workers=2), name=name)
+        until(
+            lambda: (
+                asked_of_the_cluster() == {2}
+                and (tmp_path / "a/task").exists()
+                and (tmp_path / "b/task").exists()
+            )
+        )
+    until(lambda: any(under_way(tmp_path / name) for name in jobs))
+    [first] = [name for name in jobs if (tmp_path / name / "step").exists()]
+    [second] = set(jobs) - {first}
+    assert session.ask_to_stop(second)
+    with pytest.raises(Stopped, match="stopped before the group was started"):
+        jobs[second].result()
+    assert session.ask_to_stop(first)
+    with pytest.raises(Stopped, match="stopped after step"):
+        jobs[first].result()
+
+
+def test_what_a_killed_task_waited_for_is_given_back(session: Session, tmp_path: Path) -> None:
+    spec = {"folder": str(tmp_path), "most": 1000, "least": 1000, "attempt": "killed"}
+    spec |= {"marks": str(tmp_path / "checkpoints")}
+    job = session.submit(wait_for_room, spec, resources=Resources(workers=2), name="many")
+    until(lambda: asked_of_the_cluster() == {1000})
+    job.cancel()
+    assert session.wait([job], timeout_s=60)
+    session.forget("killed")
+    until(lambda: asked_of_the_cluster() == set())
+    assert not session.ask_to_stop("killed")
+
+
+def test_room_that_was_asked_for_twice_is_held_once(session: Session) -> None:
+    with room.asked_for(1, Resources(cpus=1), "a-step") as placed:
+        assert placed(60.0)
+        with room.asked_for(1, Resources(cpus=cpu_count()), "a-step") as placed_again:
             assert placed_again(60.0), "what the first holds would not leave room"
 
 

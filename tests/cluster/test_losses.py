@@ -7,6 +7,7 @@ import ray.exceptions
 import torch
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from cluster import storage
 from cluster.errors import (
     ConfigError,
     DataInvalid,
@@ -136,6 +137,27 @@ def test_restarts_are_granted_in_a_row_and_anew_after_progress(tmp_path) -> None
     assert [restarts.grant(lost) for _ in range(3)] == [True, True, False], (
         "a committed checkpoint ends the row"
     )
+    (tmp_path / "files" / "8-x").mkdir(parents=True)
+    (tmp_path / "files" / "8-x" / "common.json").touch()
+    assert not restarts.grant(lost), "an upload without its manifest is no progress"
     (tmp_path / "4.json").unlink()
     assert not restarts.grant(lost), "what retention removed is no progress"
     assert [Restarts(most=1).grant(lost)] == [True]
+
+
+def test_losses_while_the_store_is_away_are_counted_apart_until_it_tells(tmp_path, monkeypatch) -> None:
+    restarts, lost = Restarts(most=2, marks=str(tmp_path)), StorageUnavailable("it does not answer")
+    assert [restarts.grant(lost) for _ in range(2)] == [True, True]
+
+    def away(*_: object) -> None:
+        raise StorageUnavailable("it does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "list_files", away)
+        assert [restarts.grant(lost) for _ in range(3)] == [True, True, False]
+        other = Restarts(most=2, marks=str(tmp_path))
+        assert other.grant(lost)
+    (tmp_path / "4.json").touch()
+    assert restarts.grant(lost), "there had been progress"
+    (tmp_path / "4.json").unlink()
+    assert [other.grant(lost), other.grant(lost)] == [True, False], "there had been none"

@@ -140,6 +140,9 @@ class ThreadSession:
     def ask_to_stop(self, attempt: str) -> bool:
         return False  # toys have nothing to save
 
+    def forget(self, attempt: str) -> None:
+        pass  # a thread leaves nothing in a cluster
+
     def shortage(self, resources: Resources) -> str | None:
         return "1 CPU" if resources.workers > 64 else None
 
