@@ -139,12 +139,13 @@ def _refuse_drift(step: Step, fingerprint: str, identity: dict[str, Any], uri: s
     if fingerprint == step.fingerprint or _agree(identity, step.identity):
         return
     lines = [f"{path}: {old!r} -> {new!r}" for path, old, new in differences(identity, step.identity)]
-    setting = (
-        "data_version" if step.kind == "shard" else "version"
-    )  # the data need not be made anew with the rest
+    # The data need not be made anew with the rest, nor a training for another look at it.
+    setting = "data_version" if step.kind == "shard" else "version"
+    measured = step.inputs.get("checkpoint") if step.kind == "evaluate" else None
+    beside = f"; `itpn evaluate {measured.id}` measures in other ways beside this" if measured else ""
     raise DriftError(
         f"'{step.id}' was made from another config ({uri})",
         expected="the config it was made from",
         found="\n            ".join(lines),
-        remedy=f"set the value back, or make a new output beside it with --set {setting}=<new name>",
+        remedy=f"set the value back, or make a new output beside it with --set {setting}=<new name>{beside}",
     )

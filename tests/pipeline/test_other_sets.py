@@ -189,6 +189,9 @@ def test_drift_of_data_names_the_version_of_data(tmp_path: Path) -> None:
     for step in steps:
         records.commit(str(tmp_path), step, finished(step))
     for step in built("demo", data__seed="1", pretrain__global_batch="32").values():
+        if step.kind == "evaluate":
+            with pytest.raises(DriftError, match=f"itpn evaluate {step.inputs['checkpoint'].id}"):
+                records.load(str(tmp_path), step)
         if step.kind in ("shard", "pretrain"):
             with pytest.raises(DriftError) as told:
                 records.load(str(tmp_path), step)
