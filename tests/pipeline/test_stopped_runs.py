@@ -68,6 +68,9 @@ def stay(spec: dict) -> dict:
 
 def run(root: str, stage: str) -> None:
     """Two steps that each want every CPU, so that one of them queues; run by a process of their own."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what runs in the background inherits that it is ignored
     runner.SAVE_S = 600.0  # a test that needs it is a test that fails
     fn, everything = {"until_told": until_told, "deaf": deaf}[stage], Resources(cpus=cpu_count())
     steps = [
