@@ -31,12 +31,13 @@ class Session:
         address: `None` starts a local Ray on 127.0.0.1; `auto` or `host:port` joins a running cluster.
     """
 
+    _sigterm: Any = None  # the handler to put back
+
     def __init__(self, address: str | None = None) -> None:
         import ray
 
         self._local = address is None
-        self._main = threading.current_thread() is threading.main_thread()
-        self._sigterm = signal.getsignal(signal.SIGTERM)
+        before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -59,8 +60,9 @@ class Session:
                 found=str(error).splitlines()[0],
                 remedy="start one with `ray start --head`, or leave --address out for a local Ray",
             ) from None
-        if self._main:
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+            self._sigterm = before
 
     def submit(self, fn: Callable[..., Any], *args: Any, resources: Resources, name: str) -> Job:
         """Start `fn(*args)` as one Ray task in a fresh process.
@@ -137,7 +139,7 @@ class Session:
         import ray
 
         ray.shutdown()
-        if self._main and self._sigterm is not None:
+        if self._sigterm is not None:
             signal.signal(signal.SIGTERM, self._sigterm)
 
 
